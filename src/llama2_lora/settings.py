@@ -77,7 +77,7 @@ def _setting(
 
 
 # fmt: off
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class System:
     """The machine and the job."""
     platform: str = _setting("PLATFORM", "gpu", "Where the model runs; `cpu` is for rehearsals", choices=("gpu", "cpu"))
@@ -92,7 +92,7 @@ class System:
     local_rank: int = _setting("LOCAL_RANK", 0, "This process's rank on its node, from the launcher", parse=_integer, low=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Submission:
     """What the log says of the submitter."""
     division: str = _setting("MLPERF_DIVISION", "closed", "Rules that apply", choices=("closed", "open"))
@@ -101,7 +101,7 @@ class Submission:
     platform: str = _setting("MLPERF_SYSTEM_NAME", "", "Name of the system; default: DGXSYSTEM")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Parallel:
     """How one model replica is laid out."""
     tp: int = _setting("TP", 1, "Tensor parallel size", parse=_integer, low=1)
@@ -114,7 +114,7 @@ class Parallel:
         return self.tp * self.pp * self.cp
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """Sequences per step. GBS = MINIBS * DP."""
     minibs: int = _setting("MINIBS", doc="Sequences that one model replica takes per optimizer step", parse=_integer, low=1, unit="sequences")
@@ -128,7 +128,7 @@ class Batch:
         return self.minibs // self.micro
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Optimization:
     """AdamW, cosine to 0, and the adapter."""
     lr: float = _setting("LR", doc="Base learning rate", parse=_number, low=0)
@@ -145,7 +145,7 @@ class Optimization:
         return math.ceil(self.warmup_ratio * self.max_steps)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """When to evaluate and when to stop."""
     target_loss: float = _setting("TARGET_LOSS", benchmark.TARGET_LOSS, "Evaluation loss that ends the run", parse=_number, low=0, unit="nats")
@@ -153,7 +153,7 @@ class Evaluation:
     skip: int | None = _setting("EVAL_SKIP", None, "Evaluations left out at the start; default: the rule's floor(0.125 * GBS + 2)", parse=_integer, low=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Precision:
     """bf16 (fp32 on the CPU) with FP8 or FP4 matrix products."""
     fp8: bool = _setting("FP8", False, "FP8 linear layers", parse=_boolean)
@@ -166,7 +166,7 @@ class Precision:
     fp4: bool = _setting("FP4", False, "NVFP4 linear layers (Blackwell)", parse=_boolean)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Performance:
     """What changes speed and memory, not the result."""
     tp_comm_overlap: bool = _setting("TP_COMM_OVERLAP", False, "Overlap tensor-parallel communication with GEMMs through userbuffers; needs SP", parse=_boolean)
@@ -178,7 +178,7 @@ class Performance:
     timeout_minutes: float = _setting("DIST_TIMEOUT_MINUTES", 10.0, "A collective that takes longer ends the run", parse=_number, low=0.1, unit="minutes")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """Files and seed of one run. The paths are those inside the container."""
     data_path: str = _setting("DATA_PATH", "/data", "Folder of train.npy and validation.npy")
@@ -189,7 +189,7 @@ class Run:
 # fmt: on
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """One run, resolved. Read-only; handed down as an argument."""
 
