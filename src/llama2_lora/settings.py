@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from llama2_lora import benchmark, schedule
@@ -175,7 +176,6 @@ class Performance:
     warmup_train_steps: int = _setting("WARMUP_TRAIN_STEPS", 0, "Synthetic training steps before the clock starts", parse=_integer, low=0, unit="steps")
     warmup_validation_steps: int = _setting("WARMUP_VALIDATION_STEPS", 0, "Synthetic evaluation batches before the clock starts", parse=_integer, low=0, unit="batches")
     log_every_steps: int = _setting("LOG_EVERY_STEPS", 10, "Cadence of the logged train loss", parse=_integer, low=1, unit="steps")
-    timeout_minutes: float = _setting("DIST_TIMEOUT_MINUTES", 10.0, "A collective that takes longer ends the run", parse=_number, low=0.1, unit="minutes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,6 +379,20 @@ def _rule_problems(s: Settings) -> Iterator[str]:
         if (value := value_of(s, variable)) != fixed:
             fix = f"set it to {fixed}" if fixed is not None else "unset it"
             yield f"{variable}={value}: is fixed by the closed division; {fix} or MLPERF_DIVISION=open"
+
+
+def check_paths(settings: Settings) -> None:
+    """Raise SettingsError where a run's files are missing or its results cannot be written. Opens nothing."""
+    run, problems = settings.run, []
+    for name in ("train.npy", "validation.npy"):
+        if not (path := Path(run.data_path, name)).is_file():
+            problems.append(f"DATA_PATH={run.data_path}: {path} does not exist; run scripts/download_dataset.py")
+    if not Path(run.checkpoint_path).is_dir():
+        problems.append(f"CKPT_PATH={run.checkpoint_path}: is not a folder; run scripts/convert_model.py or download_model.py")
+    if not os.access(run.results_path, os.W_OK | os.X_OK):
+        problems.append(f"RESULTS_PATH={run.results_path}: is not a folder that this user can write to")
+    if problems:
+        raise SettingsError("\n".join(problems))
 
 
 def markdown_table() -> str:

@@ -1,0 +1,150 @@
+"""Lightning's hooks -> the MLPerf log, and the stop at the target. It observes; the recipe decides.
+
+Order of one run: describe, init_stop, run_start, then block (training) and eval by turns, then run_stop.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import (
+    get_current_global_batch_size,
+    get_micro_batch_size,
+    get_num_microbatches,
+)
+from mlperf_logging.mllog import constants
+
+from llama2_lora.mlperf_log import MLPerfLog, submission_values
+from llama2_lora.settings import Settings
+from llama2_lora.training.lora import SeededLoRA
+from llama2_lora.training.warmup import warm_up
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss is NaN or infinite: the run ends at once."""
+
+
+class MLPerfCallback(pl.Callback):
+    """One run's log. Add it after the LoRA callback, which builds adapters and optimizer in the same hook."""
+
+    def __init__(self, settings: Settings, log: MLPerfLog, seed: int) -> None:
+        self.settings, self.log, self.seed = settings, log, seed
+        self.reached_target = False
+        self.block_start_samples = 0
+        self.block_start_time = self.eval_start_time = 0.0
+
+    def __deepcopy__(self, memo: dict) -> MLPerfCallback:
+        return self  # NeMo records its callbacks' arguments by copying them; there is one log
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.log.describe(submission_values(self.settings))
+        self.log.describe(built_values(trainer, pl_module, self.settings))
+        self.log.describe({constants.SEED: self.seed})
+        started = time.monotonic()
+        warm_up(trainer, self.settings)
+        self.log.tracked({"warmup_time": time.monotonic() - started}, 0)
+        torch.distributed.barrier()
+        self.log.init_stop()
+        self.log.run_start()
+        self._start_block(0)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        # The gradient norm has just been read from the GPU: this read waits for nothing more.
+        loss = float(trainer.callback_metrics["reduced_train_loss"])
+        self._refuse_non_finite("train loss", loss, step)
+        if step % self.settings.performance.log_every_steps == 0:
+            self.log.train_loss(loss, trainer.optimizers[0].param_groups[0]["lr"], self._samples(trainer))
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        samples = self._samples(trainer)
+        self._stop_block(samples)
+        self.log.eval_start(samples)
+        self.eval_start_time = time.monotonic()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        samples = self._samples(trainer)
+        loss = float(trainer.callback_metrics["val_loss"])
+        self._refuse_non_finite("evaluation loss", loss, trainer.global_step)
+        self.log.eval_accuracy(loss, samples)
+        self.log.tracked({"validation_time": time.monotonic() - self.eval_start_time}, samples)
+        self.log.eval_stop(samples)
+        self.reached_target = loss <= self.settings.evaluation.target_loss
+        if self.reached_target:
+            trainer.should_stop = True
+        elif trainer.global_step < self.settings.optimization.max_steps:
+            self._start_block(samples)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.reached_target:
+            self.log.run_stop(True, self._samples(trainer))
+        else:
+            self.log.abort(self._samples(trainer))
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.log.abort(self._samples(trainer))
+
+    def _samples(self, trainer: pl.Trainer) -> int:
+        return trainer.global_step * self.settings.global_batch_size
+
+    def _start_block(self, samples: int) -> None:
+        self.block_start_samples, self.block_start_time = samples, time.monotonic()
+        self.log.block_start(samples)
+
+    def _stop_block(self, samples: int) -> None:
+        seconds = time.monotonic() - self.block_start_time
+        sequences = samples - self.block_start_samples
+        steps = sequences / self.settings.global_batch_size
+        self.log.tracked({"throughput": sequences / seconds, "train_step_time": seconds / steps}, samples)
+        self.log.block_stop(self.block_start_samples)
+
+    def _refuse_non_finite(self, what: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise NonFiniteLoss(f"{what} is {value} at step {step} on rank {self.settings.system.rank}: the run ends")
+
+
+def built_values(trainer: pl.Trainer, model: pl.LightningModule, settings: Settings) -> dict[str, Any]:
+    """Hyperparameters as the built objects have them, not as the settings asked for them."""
+    optimizer = trainer.optimizers[0]
+    group, config, schedule = optimizer.param_groups[0], model.optim.config, trainer.lr_scheduler_configs[0].scheduler
+    lora = next(cb for cb in trainer.callbacks if isinstance(cb, SeededLoRA))
+    return {
+        constants.OPT_BASE_LR: group["initial_lr"],
+        constants.OPT_ADAMW_WEIGHT_DECAY: group["weight_decay"],
+        constants.OPT_GRADIENT_CLIP_NORM: config.clip_grad,
+        constants.OPT_LR_WARMUP_FACTOR: schedule.warmup_steps / schedule.max_steps,
+        constants.OPT_LR_TRAINING_STEPS: schedule.max_steps,
+        constants.LORA_RANK: lora.dim,
+        constants.LORA_ALPHA: lora.alpha,
+        constants.GLOBAL_BATCH_SIZE: get_current_global_batch_size(),
+        constants.GRADIENT_ACCUMULATION_STEPS: get_num_microbatches(),
+        constants.TRAIN_SAMPLES: trainer.datamodule.train_rows,
+        constants.EVAL_SAMPLES: trainer.datamodule.validation_rows,
+        "target_accuracy": settings.evaluation.target_loss,
+        constants.MICRO_BATCH_SIZE: get_micro_batch_size(),
+        constants.TENSOR_PARALLELISM: parallel_state.get_tensor_model_parallel_world_size(),
+        constants.PIPELINE_PARALLELISM: parallel_state.get_pipeline_model_parallel_world_size(),
+        constants.CONTEXT_PARALLELISM: parallel_state.get_context_parallel_world_size(),
+        constants.EXPERT_PARALLELISM: parallel_state.get_expert_model_parallel_world_size(),
+        constants.CONFIG_FILENAME: f"config_{settings.system.name}.sh",
+        **precisions(model.config),
+    }
+
+
+def precisions(config: Any) -> dict[str, str]:
+    """Lowest precision of linear layers, attention and communication, from the built model's config."""
+    base = "bfloat16" if config.bf16 else "fp32"
+    linear = "nvfp4" if getattr(config, "fp4", None) else "fp8" if config.fp8 else base
+    return {
+        constants.LOWEST_NUMERICAL_PRECISION_IN_LINEAR: linear,
+        constants.LOWEST_NUMERICAL_PRECISION_IN_ATTN: "fp8" if config.fp8_dot_product_attention else base,
+        # Userbuffers gather FP8 activations; every other collective carries the base precision.
+        constants.LOWEST_NUMERICAL_PRECISION_IN_COMM: "fp8" if config.fp8 and config.tp_comm_overlap else base,
+    }

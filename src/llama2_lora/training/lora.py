@@ -1,0 +1,93 @@
+"""The adapter: LoRA on linear_qkv and linear_proj, started and gathered the same way under every layout."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from nemo.collections.llm.peft import LoRA
+
+TARGETS = ("linear_qkv", "linear_proj")
+
+
+class SeededLoRA(LoRA):
+    """LoRA whose A does not depend on the layout.
+
+    Megatron's generators give another A under TP=2 or PP=2 than on one rank. Here each layer draws its full matrix from
+    (seed, layer, target) and keeps its shard: Kaiming uniform as in the paper's code, B stays zero.
+    """
+
+    def __init__(self, seed: int, rank: int, alpha: int, dropout: float) -> None:
+        super().__init__(
+            target_modules=list(TARGETS),
+            dim=rank,
+            alpha=alpha,
+            dropout=dropout,
+            dropout_position="pre",
+            lora_A_init_method="kaiming",
+        )
+        self.seed = seed
+
+    def __call__(self, model: torch.nn.Module) -> torch.nn.Module:
+        model = super().__call__(model)
+        for name, weight in adapter_weights(model):
+            if name.endswith("linear_in.weight") and not weight.is_meta:
+                weight.data.copy_(_shard(_kaiming_uniform(self.seed, name, _full_shape(weight)), weight))
+        return model
+
+
+def adapter_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name with the global layer index, this rank's shard) of every adapter matrix on this pipeline stage."""
+    for layer in (m for m in model.modules() if isinstance(m, TransformerLayer)):
+        for target in TARGETS:
+            adapter = getattr(layer.self_attention, target).adapter
+            prefix = f"decoder.layers.{layer.layer_number - 1}.self_attention.{target}.adapter"
+            yield f"{prefix}.linear_in.weight", adapter.linear_in.weight  # A: [r, in]
+            yield f"{prefix}.linear_out.weight", adapter.linear_out.weight  # B: [out, r]
+
+
+def gather_adapter(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All adapter matrices, whole, fp32 on the CPU; complete on rank 0. Every rank must call it."""
+    mine = {name: _unshard(weight.detach()).float().cpu() for name, weight in adapter_weights(model)}
+    stages: list[dict] = [{} for _ in range(parallel_state.get_pipeline_model_parallel_world_size())]
+    torch.distributed.all_gather_object(stages, mine, group=parallel_state.get_pipeline_model_parallel_group())
+    return {name: tensor for stage in stages for name, tensor in stage.items()}
+
+
+def _tp_dimension(weight: torch.nn.Parameter) -> int | None:
+    """The dimension that tensor parallelism shards, None where it shards nothing."""
+    if parallel_state.get_tensor_model_parallel_world_size() == 1 or not getattr(weight, "tensor_model_parallel", False):
+        return None
+    return weight.partition_dim
+
+
+def _full_shape(weight: torch.nn.Parameter) -> list[int]:
+    shape = list(weight.shape)
+    if (dim := _tp_dimension(weight)) is not None:
+        shape[dim] *= parallel_state.get_tensor_model_parallel_world_size()
+    return shape
+
+
+def _shard(full: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
+    if (dim := _tp_dimension(weight)) is None:
+        return full
+    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    return full.chunk(tp, dim)[rank]
+
+
+def _unshard(weight: torch.Tensor) -> torch.Tensor:
+    if (dim := _tp_dimension(weight)) is None:
+        return weight
+    shards = [torch.empty_like(weight) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
+    torch.distributed.all_gather(shards, weight.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    return torch.cat(shards, dim)
+
+
+def _kaiming_uniform(seed: int, name: str, shape: list[int]) -> torch.Tensor:
+    """U(-1/sqrt(in), 1/sqrt(in)): Kaiming uniform with a = sqrt(5), as LoRA's reference code starts A."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.empty(shape).uniform_(-1.0, 1.0, generator=generator) / shape[1] ** 0.5

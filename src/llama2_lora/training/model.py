@@ -1,0 +1,66 @@
+"""The model: NeMo's Llama with a loss that is a mean over tokens within a row, then a mean over rows.
+
+Each row's loss weights sum to 1 before context parallelism cuts the row (data.py), so a rank's loss is a plain sum and the
+sum over ranks is exact under every layout, evaluation included: padding rows weigh nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import get_batch_on_this_cp_rank
+from nemo.collections.llm.gpt.model.llama import LlamaModel
+from nemo.lightning.megatron_parallel import MegatronLossReduction
+
+
+def data_step(batches: Iterator[Any]) -> dict[str, torch.Tensor]:
+    """Next micro batch on this rank's device: its context-parallel share of tokens, labels and loss_weights, [B, S/CP]."""
+    item = next(batches)
+    batch = item[0] if isinstance(item, tuple) else item  # Lightning's iterator yields (batch, index, loader)
+    batch = {name: tensor.cuda(non_blocking=True) for name, tensor in batch.items()}
+    return get_batch_on_this_cp_rank(batch)
+
+
+def forward_step(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Losses per token, [B, S/CP], on the last pipeline stage; hidden states elsewhere.
+
+    Positions are implied by rotary embeddings and the mask by causal attention: both are None.
+    """
+    return model(input_ids=batch["tokens"], position_ids=None, attention_mask=None, labels=batch["labels"])
+
+
+class RowMeanLoss(MegatronLossReduction):
+    """Sum of weighted token losses; `rows` is what the sum over all ranks and micro batches is divided by."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, batch: dict[str, torch.Tensor], losses_BS: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        total = torch.sum(losses_BS.float() * batch["loss_weights"])
+        # Megatron multiplies by CP and divides by the number of micro batches; DDP averages over DP and CP.
+        return total / losses_BS.shape[0], {"total": total.detach()}
+
+    def reduce(self, micro_batches: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+        loss = torch.stack([m["total"] for m in micro_batches]).sum()
+        torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        return loss / self.rows
+
+
+class LoraLlama(LlamaModel):
+    """LlamaModel that knows how many rows a training step and an evaluation have."""
+
+    def __init__(self, *args: Any, train_rows: int, validation_rows: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.train_loss, self.validation_loss = RowMeanLoss(train_rows), RowMeanLoss(validation_rows)
+
+    @property
+    def training_loss_reduction(self) -> RowMeanLoss:
+        return self.train_loss
+
+    @property
+    def validation_loss_reduction(self) -> RowMeanLoss:
+        return self.validation_loss

@@ -1,0 +1,175 @@
+"""Settings -> the objects that NeMo trains with. Each function builds one of them; nothing here runs."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loops import _TrainingEpochLoop
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from nemo.collections.llm.gpt.model.llama import Llama2Config70B, LlamaConfig
+from nemo.collections.llm.recipes.tp_overlap_configs import userbuffers
+from nemo.lightning import MegatronStrategy
+from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
+from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
+from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
+from nemo.lightning.pytorch.strategies.utils import RestoreConfig
+
+from llama2_lora import benchmark
+from llama2_lora.llama2 import LLAMA2_70B, LlamaShape
+from llama2_lora.settings import Settings
+from llama2_lora.training.lora import SeededLoRA
+from llama2_lora.training.model import LoraLlama, data_step, forward_step
+
+def build_config(settings: Settings, shape: LlamaShape) -> LlamaConfig:
+    """The model's shape and kernels. Precision and layout are added by the precision plugin and the strategy."""
+    performance = settings.performance
+    options = dict(
+        seq_length=settings.batch.sequence_length,
+        vocab_size=shape.vocab,
+        data_step_fn=data_step,
+        forward_step_fn=forward_step,
+        # The fused accumulation needs APEX and weight gradients; the frozen base has none.
+        gradient_accumulation_fusion=False,
+        recompute_granularity=None if performance.recompute == "none" else performance.recompute,
+        recompute_method="uniform" if performance.recompute == "full" else None,
+        recompute_num_layers=1 if performance.recompute == "full" else None,
+        cpu_offloading=performance.offload_layers > 0,
+        cpu_offloading_num_layers=performance.offload_layers,
+    )
+    if settings.system.platform == "cpu":
+        from llama2_lora.training.cpu import CPU_MODEL_OPTIONS, cpu_layer_spec
+
+        options |= CPU_MODEL_OPTIONS | {"transformer_layer_spec": cpu_layer_spec}
+    if shape == LLAMA2_70B:
+        return Llama2Config70B(**options)
+    return LlamaConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        ffn_hidden_size=shape.ffn,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_groups,
+        layernorm_epsilon=shape.norm_eps,
+        rotary_base=shape.rope_base,
+        share_embeddings_and_output_weights=shape.tied,
+        **options,
+    )
+
+
+def build_lora(settings: Settings, seed: int) -> SeededLoRA:
+    o = settings.optimization
+    return SeededLoRA(seed, o.lora_rank, o.lora_alpha, o.lora_dropout)
+
+
+def build_optimizer(settings: Settings) -> MegatronOptimizerModule:
+    """AdamW, sharded over the data-parallel ranks, with a cosine to 0."""
+    o = settings.optimization
+    config = OptimizerConfig(
+        optimizer="adam",  # Megatron's name for AdamW: decoupled weight decay is its default
+        lr=o.lr,
+        weight_decay=o.weight_decay,
+        adam_beta1=benchmark.ADAM_BETAS[0],
+        adam_beta2=benchmark.ADAM_BETAS[1],
+        adam_eps=benchmark.ADAM_EPSILON,
+        clip_grad=o.clip_norm,
+        use_distributed_optimizer=True,
+    )
+    # NeMo's default holds the LR for 80,000 constant steps.
+    scheduler = CosineAnnealingScheduler(
+        max_steps=o.max_steps, warmup_steps=o.warmup_steps, constant_steps=0, min_lr=0.0
+    )
+    return MegatronOptimizerModule(config=config, lr_scheduler=scheduler)
+
+
+def build_model(
+    settings: Settings, shape: LlamaShape, lora: SeededLoRA, optimizer: MegatronOptimizerModule, validation_rows: int
+) -> LoraLlama:
+    return LoraLlama(
+        build_config(settings, shape),
+        optim=optimizer,
+        model_transform=lora,
+        train_rows=settings.global_batch_size,
+        validation_rows=validation_rows,
+    )
+
+
+def build_precision(settings: Settings) -> MegatronMixedPrecision:
+    """bf16 with FP8 or FP4 matrix products; fp32 on the CPU."""
+    p = settings.precision
+    if settings.system.platform == "cpu":
+        return MegatronMixedPrecision(precision="32")
+    return MegatronMixedPrecision(
+        precision="bf16-mixed",
+        params_dtype=torch.bfloat16,
+        grad_reduce_in_fp32=False,  # 45M adapter gradients: bf16 halves the only data-parallel traffic
+        fp8=p.fp8_format if p.fp8 else None,
+        fp8_recipe=p.fp8_recipe,
+        fp8_amax_history_len=p.fp8_amax_history,
+        fp8_amax_compute_algo=p.fp8_amax_algo,
+        fp8_dot_product_attention=p.fp8_attention,
+        fp8_param_gather=p.fp8_weights,
+        fp4="e2m1" if p.fp4 else None,
+    )
+
+
+def build_strategy(settings: Settings) -> MegatronStrategy:
+    p = settings.parallel
+    return MegatronStrategy(
+        tensor_model_parallel_size=p.tp,
+        pipeline_model_parallel_size=p.pp,
+        context_parallel_size=p.cp,
+        sequence_parallel=p.sequence_parallel,
+        cluster_environment=TorchElasticEnvironment(),  # RANK and friends, whoever launched us (run_and_time.sh)
+        ddp=DistributedDataParallelConfig(use_distributed_optimizer=True, check_for_nan_in_grad=False),
+        restore_config=RestoreConfig(path=settings.run.checkpoint_path, load_artifacts=False),
+        ckpt_async_save=False,
+        replace_progress_bar=False,
+    )
+
+
+def build_overlap(settings: Settings) -> MegatronCommOverlapCallback:
+    """Overlap of tensor-parallel collectives with GEMMs, tuned by NVIDIA for hidden 8192 and TP 4 on H100."""
+    precision = settings.precision
+    buffers = (
+        userbuffers.userbuffers_fp8_h100_h8192_tp4_mbs1_seqlen8192
+        if precision.fp8
+        else userbuffers.userbuffers_bf16_h100_h8192_tp4_mbs1_seqlen8192
+    )
+    return MegatronCommOverlapCallback(tp_comm_overlap=True, tp_comm_overlap_cfg=buffers)
+
+
+class EvaluateAtSteps(_TrainingEpochLoop):
+    """Lightning's loop with the rules' evaluation steps: its own val_check_interval cannot skip the first ones."""
+
+    def __init__(self, trainer: pl.Trainer, max_steps: int, eval_steps: range) -> None:
+        super().__init__(trainer, max_steps=max_steps)
+        self.eval_steps = eval_steps
+
+    def _should_check_val_fx(self, data_fetcher: object) -> bool:
+        return self.global_step in self.eval_steps
+
+
+def build_trainer(settings: Settings, strategy: MegatronStrategy, callbacks: list[pl.Callback]) -> pl.Trainer:
+    """A trainer that evaluates when the rules say and keeps quiet. `callbacks` run in the order given."""
+    if settings.performance.tp_comm_overlap:
+        callbacks = [*callbacks, build_overlap(settings)]
+    trainer = pl.Trainer(
+        accelerator="cpu" if settings.system.platform == "cpu" else "gpu",
+        devices=settings.system.gpus_per_node,
+        num_nodes=settings.system.nodes,
+        strategy=strategy,
+        plugins=[build_precision(settings)],
+        max_epochs=1,
+        max_steps=settings.optimization.max_steps,
+        limit_val_batches=1,  # data.Sampler: one step evaluates all rows
+        callbacks=callbacks,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit_loop.epoch_loop = EvaluateAtSteps(trainer, settings.optimization.max_steps, settings.eval_steps)
+    return trainer

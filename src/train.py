@@ -1,0 +1,64 @@
+"""One training run of llama2_70b_lora: settings -> init_start -> build -> fit -> exit status.
+
+Exit status: 0 the target was reached, 1 it was not (MAX_STEPS, an error, a signal), 2 the settings are wrong.
+Started by scripts/run_and_time.sh, once per GPU. Read on in settings.py, training/recipe.py and training/callback.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+from llama2_lora.checkpoint import check_checkpoint, read_shape
+from llama2_lora.mlperf_log import MLPerfLog
+from llama2_lora.settings import Settings, SettingsError, check_paths
+
+
+def main() -> int:
+    try:
+        settings = Settings.from_env()
+        check_paths(settings)
+        shape = read_shape(Path(settings.run.checkpoint_path))
+        check_checkpoint(Path(settings.run.checkpoint_path), shape)
+    except (SettingsError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    log = MLPerfLog(settings.system.rank)
+    log.init_start()  # before the imports of torch and NeMo: they take seconds, and their time counts
+    try:
+        return 0 if train(settings, shape, log) else 1
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: rank {settings.system.rank}: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+def train(settings: Settings, shape, log: MLPerfLog) -> bool:
+    """Build everything and fit. Returns whether the run reached the target loss."""
+    from llama2_lora.training import recipe
+    from llama2_lora.training.callback import MLPerfCallback
+    from llama2_lora.training.data import GovReport
+    from llama2_lora.training.launch import no_garbage_collection, save_adapter, shared_seed
+
+    if settings.system.platform == "cpu":
+        from llama2_lora.training.cpu import cpu_platform as platform
+    else:
+        platform = nullcontext
+
+    with platform():
+        strategy = recipe.build_strategy(settings)
+        seed = shared_seed(settings, strategy)
+        data = GovReport(settings, seed, shape.vocab)
+        lora = recipe.build_lora(settings, seed)
+        model = recipe.build_model(settings, shape, lora, recipe.build_optimizer(settings), data.validation_rows)
+        callback = MLPerfCallback(settings, log, seed)
+        trainer = recipe.build_trainer(settings, strategy, [lora, callback])
+        with no_garbage_collection():
+            trainer.fit(model, data)
+        if settings.run.save_adapter:
+            save_adapter(settings, strategy.megatron_parallel, shape)
+    return callback.reached_target
+
+
+if __name__ == "__main__":
+    sys.exit(main())
