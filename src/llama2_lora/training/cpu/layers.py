@@ -1,10 +1,10 @@
 """Transformer layers without Transformer Engine, with sequence and context parallelism.
 
-Megatron's plain ("local") layers already carry the names of the Transformer Engine ones in a checkpoint, and tensor and
-pipeline parallelism. Two of them refuse what the GPU recipe uses: the norm refuses sequence parallelism and the attention
-refuses context parallelism. The two modules here take their place; everything else stays Megatron's.
+Megatron's plain ("local") layers carry the Transformer Engine layers' names in a checkpoint, and support tensor and
+pipeline parallelism. Two of them refuse what the GPU recipe uses: the norm refuses sequence parallelism, the attention
+context parallelism. The two modules here take their place; everything else stays Megatron's.
 
-Shapes: S tokens of a sequence on this rank, B sequences, N query heads and G key/value heads on this rank, D head size, H hidden.
+Shapes, all on this rank: S tokens of a sequence, B sequences, N query heads, G key/value heads, D head size.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class CausalAttention(nn.Module):
 def _positions(rank: int, ranks: int, length: int, device: torch.device) -> Tensor:
     """Return the places in the whole sequence of the `length` tokens that a context-parallel rank holds.
 
-    Megatron cuts a sequence into 2 * ranks chunks and gives rank r chunks r and 2 * ranks - 1 - r, so that causal work is
-    even (`megatron.core.utils.get_batch_on_this_cp_rank`).
+    Megatron cuts a sequence into 2 * ranks chunks and gives rank r chunks r and 2 * ranks - 1 - r, so that causal work
+    is even (`megatron.core.utils.get_batch_on_this_cp_rank`).
     """
     if ranks == 1:
         return torch.arange(length, device=device)

@@ -7,7 +7,8 @@ Megatron Core and NeMo train on any device, but they spell it "cuda". Rather tha
 2. `_stand_ins` lists the names of `torch.cuda` that Megatron calls, and what they answer here.
 3. One NeMo name is wrong without Transformer Engine, on any device.
 
-The CUDA random generator of device 0 *is* the CPU generator, so Megatron's RNG tracker, seeding and dropout work unchanged.
+The random generator of the pretended device *is* the CPU generator, so Megatron's RNG tracker, seeding and dropout work
+unchanged.
 """
 
 from __future__ import annotations
