@@ -27,8 +27,8 @@ export FP8=1
 export FP8_FORMAT=hybrid # E5M2 for gradients: they need range more than digits
 export FP8_AMAX_ALGO=max # an outlier is remembered, so nothing is clipped for the length of the history
 export FP8_AMAX_HISTORY=32
-export FP8_PARAMS=1 # bf16 weights beside their FP8 copies would take 52 of 80 GB
-export FP8_DPA=1 # attention is a quarter of the FLOP at 8,192 tokens
+export FP8_PARAMS=1 # with bf16 weights beside FP8 copies and their transposes, 69 of 80 GB would be weights
+export FP8_DPA=1    # FP8 attention: 7% of the FLOP at 8,192 tokens, and its saved activations halve
 
 # Speed
 export TP_COMM_OVERLAP=1
