@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from llama2_lora.checkpoint import check_checkpoint, read_shape
+
 from llama2_lora.mlperf_log import MLPerfLog
 from llama2_lora.settings import Settings, SettingsError, check_paths
 

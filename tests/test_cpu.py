@@ -96,9 +96,7 @@ def train(folder: Path, tp: int = 1, pp: int = 1, cp: int = 1, sp: bool = False)
         norms.append(optimizer.step()[1])
         if outputs:
             total = torch.stack(outputs).sum()
-            torch.distributed.all_reduce(
-                total, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
-            )
+            torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
             losses.append(total.item() / BATCH)
     errors.append(logit_error(model, folder / "logits_after.pt"))
     return {"losses": losses, "norms": norms, "logit_errors": errors, "keys": keys}
@@ -166,7 +164,7 @@ def rows_of(step: int) -> list[dict[str, torch.Tensor]]:
     tokens = torch.randint(0, VOCAB, (BATCH, SEQUENCE + 1), generator=generator)
     mask = torch.rand(BATCH, SEQUENCE, generator=generator) < torch.linspace(0.2, 0.9, BATCH)[:, None]
     weights = mask / mask.sum(dim=1, keepdim=True)
-    return [{"tokens": t[None, :-1], "labels": t[None, 1:], "weights": w[None]} for t, w in zip(tokens, weights)]
+    return [{"tokens": t[None, :-1], "labels": t[None, 1:], "weights": w[None]} for t, w in zip(tokens, weights, strict=True)]
 
 
 def forward_step(rows, model):

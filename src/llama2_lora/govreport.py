@@ -108,9 +108,7 @@ def write_chunks(path: Path, rows: int, sequence_length: int, chunks: Iterable[t
         partial.unlink(missing_ok=True)
 
 
-def write_manifest(
-    directory: Path, sequence_length: int, vocab_size: int, source: str, revision: str
-) -> dict[str, Any]:
+def write_manifest(directory: Path, sequence_length: int, vocab_size: int, source: str, revision: str) -> dict[str, Any]:
     """Hash the splits that lie in `directory` and write its manifest (atomically); returns the manifest."""
     directory = Path(directory)
     dtype = np.lib.format.dtype_to_descr(row_dtype(sequence_length))

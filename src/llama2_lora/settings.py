@@ -208,7 +208,7 @@ class Settings:
         """Parse and check. Raises SettingsError with every problem, one per line."""
         env = os.environ if env is None else env  # the one place that reads it
         problems: list[str] = []
-        groups = {name: _parse_group(group, env, problems) for name, group in GROUPS.items()}
+        groups: dict[str, Any] = {name: _parse_group(group, env, problems) for name, group in GROUPS.items()}
         if not problems:
             settings = cls(**groups)
             problems = list(_contradictions(settings))

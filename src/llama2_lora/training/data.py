@@ -89,9 +89,7 @@ class Sampler(DataSampler):
         batch = self.settings.batch
         step.seq_length = step.decoder_seq_length = batch.sequence_length
         step.micro_batch_size = batch.validation_micro if step.forward_only else batch.micro
-        step.num_microbatches = (
-            self.validation_micro_batches if step.forward_only else batch.gradient_accumulation_steps
-        )
+        step.num_microbatches = self.validation_micro_batches if step.forward_only else batch.gradient_accumulation_steps
         return step
 
 

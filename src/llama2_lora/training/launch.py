@@ -28,7 +28,9 @@ def shared_seed(settings: Settings, strategy: MegatronStrategy) -> int:
     needed before that exists.
     """
     rank = settings.system.rank
-    store, _, _ = next(torch.distributed.rendezvous("env://", rank, settings.system.world_size or 1, timeout=RENDEZVOUS_TIMEOUT))
+    store, _, _ = next(
+        torch.distributed.rendezvous("env://", rank, settings.system.world_size or 1, timeout=RENDEZVOUS_TIMEOUT)
+    )
     if rank == 0:
         store.set("seed", str(secrets.randbelow(INT32) if settings.run.seed is None else settings.run.seed))
     strategy.store = store

@@ -22,6 +22,7 @@ from llama2_lora.settings import Settings
 from llama2_lora.training.lora import SeededLoRA
 from llama2_lora.training.model import LoraLlama, data_step, forward_step
 
+
 def build_config(settings: Settings, shape: LlamaShape) -> LlamaConfig:
     """The model's shape and kernels. Precision and layout are added by the precision plugin and the strategy."""
     performance = settings.performance
@@ -76,9 +77,7 @@ def build_optimizer(settings: Settings) -> MegatronOptimizerModule:
         use_distributed_optimizer=True,
     )
     # NeMo's default holds the LR for 80,000 constant steps.
-    scheduler = CosineAnnealingScheduler(
-        max_steps=o.max_steps, warmup_steps=o.warmup_steps, constant_steps=0, min_lr=0.0
-    )
+    scheduler = CosineAnnealingScheduler(max_steps=o.max_steps, warmup_steps=o.warmup_steps, constant_steps=0, min_lr=0.0)
     return MegatronOptimizerModule(config=config, lr_scheduler=scheduler)
 
 

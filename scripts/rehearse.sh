@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# The rehearsal: the cluster run's code on two CPU cores, from nothing to a judged log. About 6 minutes after the install.
+#   scripts/rehearse.sh              generated reports; the target is the benchmark's 0.925
+#   scripts/rehearse.sh --text DIR   your own text files (scripts/rehearsal_data.py --help says which); TARGET_LOSS is free
+# What it makes lies in rehearsal/, and is used again as long as it is up to date. Exit status: 0 the run reached the
+# target and its log passes the compliance checker, else not.
+set -euo pipefail
+
+readonly WORK=rehearsal
+readonly RULESETS=(5.0.0 5.1.0 6.0.0 6.1.0)
+
+step() { printf '\n[%3ds] %s\n' "${SECONDS}" "$*"; }
+
+# Data, base model and checkpoint: what download_dataset.py and convert_model.py do for the 70B.
+prepare() {
+  step "Data: documents -> packed rows (${WORK}/data)"
+  python scripts/rehearsal_data.py --output "${WORK}/data" "${data_options[@]}"
+  step "Base model: a small Llama learns the reports, without summaries (${WORK}/base)"
+  python scripts/rehearsal_model.py --data "${WORK}/data" --output "${WORK}/base"
+  step "Checkpoint: Hugging Face -> NeMo (${WORK}/checkpoint)"
+  python scripts/convert_model.py --source "${WORK}/base" --output_path "${WORK}/checkpoint"
+}
+
+train() {
+  # shellcheck source=config_CPU_1x2x4.sh
+  source config_CPU_1x2x4.sh
+  export DATA_PATH="${PWD}/${WORK}/data/gov_report" CKPT_PATH="${PWD}/${WORK}/checkpoint" RESULTS_PATH="${PWD}/${run}"
+  mkdir -p "${run}"
+  step "Training: ${DGXNGPU} ranks, config_${DGXSYSTEM}.sh, at most ${MAX_STEPS} steps; log ${log}"
+  {
+    PYTHONPATH=src python -m llama2_lora.mlperf_log # the data is small and made a moment ago: there is no cache to drop
+    torchrun --standalone --nproc-per-node="${DGXNGPU}" --no-python scripts/run_and_time.sh
+  } |& tee "${log}"
+}
+
+judge() {
+  local ruleset
+  step "Compliance: mlperf_logging's checker"
+  for ruleset in "${RULESETS[@]}"; do
+    if python -m mlperf_logging.compliance_checker --usage training --ruleset "${ruleset}" "${log}" >"${log%.log}.compliance_${ruleset}" 2>&1; then
+      printf 'ruleset %s: passed\n' "${ruleset}"
+    else
+      printf 'ruleset %s: FAILED, see %s\n' "${ruleset}" "${log%.log}.compliance_${ruleset}"
+      status=1
+    fi
+  done
+  step "Verdict"
+  python scripts/summarize.py "${run}" --html "${run}/summary.html" || status=1
+}
+
+main() {
+  cd "$(dirname "${BASH_SOURCE[0]}")/.."
+  local data_options=("$@") stamp run log status=0
+  stamp="$(date +%y%m%d%H%M%S)"
+  run="${WORK}/runs/${stamp}" log="${WORK}/runs/${stamp}/${stamp}_1.log"
+  step "Environment"
+  scripts/setup_env.sh
+  PATH="${PWD}/${VENV:-.venv}/bin:${PATH}"
+  export PATH
+  prepare
+  train || status=$?
+  judge
+  printf '\nlog      %s\npage     %s\n' "${log}" "${run}/summary.html"
+  if [[ -d "${run}/adapter" ]]; then
+    printf 'adapter  %s\n' "${run}/adapter"
+    printf 'PEFT     python scripts/export_adapter.py --adapter %s --output DIR\n' "${run}/adapter"
+  fi
+  return "${status}"
+}
+
+main "$@"

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# All checks: environment, ruff, mypy, import-linter, shellcheck, shfmt, pytest. Arguments go to pytest:
+#   scripts/test.sh                       everything
+#   scripts/test.sh tests/test_schedule.py -k eval
+set -euo pipefail
+
+lint() {
+  local shell_files
+  mapfile -t shell_files < <(git ls-files '*.sh' run.sub .ci/run)
+  ruff check .
+  ruff format --check .
+  mypy src scripts
+  lint-imports --no-cache
+  shellcheck -x "${shell_files[@]}"
+  shfmt -i 2 -ci -d "${shell_files[@]}"
+}
+
+main() {
+  cd "$(dirname "${BASH_SOURCE[0]}")/.."
+  scripts/setup_env.sh
+  PATH="${PWD}/${VENV:-.venv}/bin:${PATH}"
+  export PATH PYTHONPATH=src OMP_NUM_THREADS=1
+  lint
+  pytest "$@"
+}
+
+main "$@"
