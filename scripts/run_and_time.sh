@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One rank of one training run: the launcher's variables -> RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR,
-# MASTER_PORT -> exec python src/train.py. Works under srun, torchrun (--no-python), mpirun, or alone (one rank).
+# MASTER_PORT -> exec python src/train.py (or the program given). Works under srun, torchrun (--no-python), mpirun, or alone (one
+# rank).
 #   srun -N 2 --ntasks-per-node=8 scripts/run_and_time.sh
 #   torchrun --nproc-per-node=8 --no-python scripts/run_and_time.sh
 # DRY_RUN=1 prints instead of running. BIND=none leaves CPU affinity alone. PYTHON names another interpreter.
@@ -65,7 +66,7 @@ main() {
   map_launcher
   map_rendezvous
   binding
-  command=("${bind[@]}" "${PYTHON:-python}" -u src/train.py "$@")
+  command=("${bind[@]}" "${PYTHON:-python}" -u "${@:-src/train.py}")
   if [[ "${DRY_RUN:-0}" == 1 ]]; then
     local name
     for name in RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT; do
