@@ -1,0 +1,133 @@
+#!/usr/bin/env bash
+# Ways to run a command, for run.sub, which sources this: on every node or once per GPU, in the job's container or without one,
+# under Slurm with Pyxis or with docker or podman. Only functions.
+# shellcheck disable=SC2154  # run.sub sets the variables
+
+# launch hosts|nodes|first|ranks COMMAND...: once per node outside the container, once per node inside, once inside on the
+# first node, once per GPU inside. All but `hosts` run in the tree.
+launch() {
+  local where="$1" prefix=()
+  shift
+  "${LAUNCHER}_prefix" "${where}"
+  supervise "${prefix[@]}" "$@"
+}
+
+slurm_prefix() { # where
+  local nodes="${DGXNNODES}" per_node=1
+  prefix=(srun --export=ALL --cpu-bind=none)
+  case "$1" in
+    first) nodes=1 prefix+=(--relative=0) ;;
+    ranks) per_node="${DGXNGPU}" prefix+=(--label --kill-on-bad-exit=1) ;;
+  esac
+  prefix+=(--nodes="${nodes}" --ntasks="$((nodes * per_node))" --ntasks-per-node="${per_node}")
+  [[ "$1" != hosts ]] || return 0
+  if [[ "${CONT}" == none ]]; then
+    prefix+=(--chdir="${WORKDIR}")
+  else
+    prefix+=(--container-name="${container}" --container-mounts="${CONT_MOUNTS}" --container-workdir="${WORKDIR}"
+      --no-container-mount-home --container-env="$(task_variables | paste -sd,)")
+  fi
+}
+
+docker_prefix() { # where
+  [[ "$1" != hosts ]] || return 0
+  if [[ "${CONT}" != none ]]; then
+    prefix=("${DOCKER}" exec --workdir "${WORKDIR}")
+    local name
+    for name in $(task_variables); do prefix+=(--env "${name}"); done
+    prefix+=("${container}")
+  fi
+  [[ "$1" != ranks ]] ||
+    prefix+=("${PYTHON}" -m torch.distributed.run --standalone --nproc-per-node="${DGXNGPU}" --no-python)
+}
+
+# Names that must reach the training whatever the image sets: all that a config exports, all that settings.py reads, and
+# what libraries document. A list and not the whole environment: a host's PATH or CUDA_HOME would break the image.
+task_variables() {
+  {
+    sed -n 's/^ *export \([A-Z][A-Z0-9_]*\)=.*/\1/p' "${TREE}"/config_*.sh
+    sed -n 's/.*_setting("\([A-Z][A-Z0-9_]*\)".*/\1/p' "${TREE}/src/llama2_lora/settings.py"
+    printf '%s\n' MASTER_ADDR MASTER_PORT BIND PYTHON
+    compgen -e | grep -E '^(NCCL|UCX|NVTE|TORCH|GLOO|CUBLAS|CUDNN)_' || true
+  } | sort -u | grep -vx CONT_MOUNTS | grep -Fxf <(compgen -e)
+}
+
+# Runs a command in the background: bash looks at signals while it waits for a job, not while a command is in front.
+supervise() {
+  local status=0
+  if [[ "${DRY_RUN}" == 1 ]]; then
+    printf '%q ' "$@" >&3
+    printf '\n' >&3
+    return 0
+  fi
+  [[ -z "${stop_reason}" ]] || return "${stop_status}"
+  "$@" </dev/null &
+  child=$!
+  while kill -0 "${child}" 2>/dev/null; do
+    wait "${child}" && status=0 || status=$?
+  done
+  child=''
+  [[ -z "${stop_reason}" ]] || status="${stop_status}"
+  return "${status}"
+}
+
+# shellcheck disable=SC2034  # run.sub reads stop_status
+interrupt() { # status reason
+  [[ -z "${stop_reason}" ]] || return 0
+  stop_status="$1" stop_reason="$2"
+  say "${stop_reason}"
+  [[ -z "${child}" ]] || kill -TERM "${child}" 2>/dev/null || true
+}
+
+# ---- The container: one per job and node, named after the job, as Pyxis silently takes an older one of the same name ------
+
+create_container() {
+  [[ "${CONT}" != none ]] || return 0
+  container="llama2_lora_${job}_${restart}"
+  "create_${LAUNCHER}_container" ||
+    die 1 "CONT=${CONT}: the container cannot be made (see above); check the image's name, credentials and free disk space"
+}
+
+create_slurm_container() {
+  book_cleanup
+  say "creating container ${container} on every node"
+  supervise srun --export=ALL --nodes="${DGXNNODES}" --ntasks="${DGXNNODES}" --ntasks-per-node=1 \
+    --container-image="${CONT}" --container-name="${container}" --no-container-mount-home true
+}
+
+create_docker_container() {
+  local mount mounts options=(--detach --rm --name "${container}" --network=host --ipc=host --ulimit memlock=-1
+    --ulimit stack=67108864 --user "$(id -u):$(id -g)" --env HOME=/tmp --env USER --workdir "${WORKDIR}")
+  if [[ "${DOCKER##*/}" == podman ]]; then
+    ((EUID == 0)) || options+=(--userns=keep-id) # else the user's files are another's in the container
+    [[ "${PLATFORM}" != gpu ]] || options+=(--device nvidia.com/gpu=all)
+  else
+    [[ "${PLATFORM}" != gpu ]] || options+=(--gpus all)
+  fi
+  IFS=, read -ra mounts <<<"${CONT_MOUNTS}"
+  for mount in "${mounts[@]}"; do options+=(--volume "${mount}"); done
+  supervise "${DOCKER}" run "${options[@]}" "${CONT}" sleep infinity
+}
+
+# A cancelled job may launch nothing more. So a small job that waits for this one's end is booked to clean up after scancel,
+# a lost batch host or a kill; a job that ends by itself cleans up and cancels the booking.
+book_cleanup() {
+  local booking=(sbatch --parsable --job-name="cleanup_${job}" --dependency="afterany:${job}" --nodes="${DGXNNODES}"
+    --nodelist="${SLURM_JOB_NODELIST:-$(hostname)}" --ntasks-per-node=1 --mem=100 --time=15 --chdir=/ --output=/dev/null)
+  [[ -z "${SLURM_JOB_PARTITION:-}" ]] || booking+=(--partition="${SLURM_JOB_PARTITION}")
+  [[ -z "${SLURM_JOB_ACCOUNT:-}" ]] || booking+=(--account="${SLURM_JOB_ACCOUNT}")
+  booking+=(--wrap "srun --ntasks-per-node=1 enroot remove -f pyxis_${container}")
+  cleanup_job="$(supervise "${booking[@]}")" ||
+    say "no cleanup job: after scancel, run enroot remove -f pyxis_${container} on the nodes"
+}
+
+remove_container() {
+  [[ -n "${container}" ]] || return 0
+  if [[ "${LAUNCHER}" == docker ]]; then
+    supervise "${DOCKER}" rm --force "${container}" >/dev/null
+  elif ((stop_status != EXIT_CANCELLED)); then # else Slurm refuses new steps, and the booked job does it
+    # Where Pyxis scopes containers to the job there is nothing left to remove, which is no error
+    launch hosts bash -c "enroot remove -f pyxis_${container} >/dev/null 2>&1 || true"
+    [[ -z "${cleanup_job:-}" ]] || supervise scancel --quiet "${cleanup_job}"
+  fi
+}
