@@ -1,0 +1,192 @@
+"""What the official checkers do not look at: hyperparameters that the rules fix, the evaluation schedule, seeds, the clock.
+
+Each check takes a run (or a result) and yields findings. Rule numbers: mlcommons/training_policies, training_rules.adoc.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from llama2_lora import benchmark, schedule
+from llama2_lora.results import (
+    EnvelopeRow,
+    Finding,
+    Result,
+    Run,
+    Summary,
+    envelope,
+    group,
+    official_score,
+    read_runs,
+    samples_count,
+)
+from llama2_lora.runlog import compliance_messages
+
+FIXED = {  # key -> (value, section)
+    "lora_rank": (benchmark.LORA_RANK, "§9.1"),
+    "lora_alpha": (benchmark.LORA_ALPHA, "§9.1"),
+    "opt_gradient_clip_norm": (benchmark.GRADIENT_CLIP_NORM, "§9.1"),
+    "opt_adamw_weight_decay": (benchmark.WEIGHT_DECAY, "§9.1"),
+    "target_accuracy": (benchmark.TARGET_LOSS, "§4.1"),
+    "train_samples": (benchmark.TRAIN_SEQUENCES, "§4.1"),
+    "eval_samples": (benchmark.EVAL_SEQUENCES, "§9.4"),
+}
+DATA_EVENTS = ("block_start", "epoch_start", "train_loss", "eval_start", "eval_accuracy")
+DATA_SIZES = ("train_samples", "eval_samples")
+PLACEHOLDER = re.compile(r"placeholder|unknown|reference|unofficial|example|change.?me|your.?|todo|^\W*$", re.IGNORECASE)
+# Median train loss over the second half of a run: 1.27 to 1.34 in twelve published logs with GBS 8
+USUAL_TRAIN_LOSS = 1.3
+TOLERANCE = 1e-6
+
+
+def judge(folder: Path, ruleset: str) -> Summary:
+    """Read, check and score everything under a folder (or one file)."""
+    runs, skipped = read_runs(folder)
+    for run in runs:
+        check_run(run, ruleset)
+    results = group(runs, folder)
+    for result in results:
+        result.findings.extend(_seeds(result))
+        result.score = official_score(result, ruleset)
+    names = [result.name for result in results]
+    for name in sorted({n for n in names if names.count(n) > 1}):
+        skipped.append(Finding("warning", "mixed configs", f"{names.count(name)} configs in one folder", name))
+    return Summary(folder, ruleset, results, skipped)
+
+
+def check_run(run: Run, ruleset: str) -> None:
+    """Fill in a run's compliance and findings."""
+    run.compliance = compliance_messages(run.log, ruleset)
+    where = str(run.path)
+    for check in RUN_CHECKS:
+        for finding in check(run):
+            if run.rehearsal and finding.level == "error" and finding.code not in ("not converged", "false status"):
+                finding = replace(finding, level="note", text=finding.text + " (a rehearsal may)")
+            run.findings.append(replace(finding, where=where + finding.where))
+
+
+def _damage(run: Run) -> Iterator[Finding]:
+    for damage in run.log.damaged:
+        yield Finding("warning", "damaged line", f"{damage.error}: {damage.text}", f":{damage.line}")
+    odd = [e for e in run.log.events if e.raw_key != e.key]
+    if odd:
+        text = f"{len(odd)} keys with a space at the end, such as {odd[0].raw_key!r}; read without it"
+        yield Finding("warning", "key with space", text, f":{odd[0].line}")
+
+
+def _times(run: Run) -> Iterator[Finding]:
+    events = run.log.events
+    back = [b for a, b in itertools.pairwise(events) if b.time_ms < a.time_ms]
+    if back:
+        text = f"{len(back)} lines are earlier than the line before them, the first is {back[0].key}"
+        yield Finding("warning", "out of order", text, f":{back[0].line}")
+    if (starts := len(list(run.events("run_start")))) > 1:
+        yield Finding("error", "several runs", f"{starts} runs in one file; the figures are the first one's")
+
+
+def _convergence(run: Run) -> Iterator[Finding]:
+    reached, reported = run.sequences_to_converge, run.reported_status
+    last = f"last evaluation loss {run.evaluations[-1][1]:.4f}" if run.evaluations else "no evaluation"
+    if run.status == "unfinished":
+        yield Finding("error", "no run_stop", f"the log ends without run_stop: killed, crashed or still running; {last}")
+    elif not run.converged:
+        yield Finding("error", "not converged", f"{run.status}: {last}, target {benchmark.TARGET_LOSS} (§4.1)")
+    if reported == "success" and reached is None:
+        text = f"run_stop says success, but no evaluation is at or below {benchmark.TARGET_LOSS}: {last}"
+        yield Finding("error", "false status", text)
+    if reached is not None and run.evaluations[-1][0] > reached:
+        yield Finding("warning", "ran on", f"went on training after it reached the target at {reached} sequences")
+
+
+def _fixed_values(run: Run) -> Iterator[Finding]:
+    for key, (expected, section) in FIXED.items():
+        value = run.values.get(key, expected)  # a key that the rules ask for is missed by the official checker
+        if run.rehearsal and key in DATA_SIZES:
+            continue
+        if not isinstance(value, (int, float)) or abs(value - expected) > TOLERANCE * expected:
+            yield Finding("error", "fixed value", f"{key} is {value}; the rules fix {expected} ({section})")
+
+
+def _evaluation_schedule(run: Run) -> Iterator[Finding]:
+    gbs, seen = run.gbs, [s for s, _ in run.evaluations]
+    if gbs is None or not seen:
+        return
+    first, every = schedule.first_eval_step(gbs) * gbs, schedule.eval_every_steps(gbs) * gbs
+    for index, sequences in enumerate(seen):
+        if sequences != first + index * every:
+            text = f"evaluation {index + 1} came after {sequences} sequences, by the rule after {first + index * every}"
+            rule = f"first {first}, then every {every} with GBS {gbs} (§9.4)"
+            yield Finding("error", "evaluation schedule", f"{text}: {rule}")
+            return
+
+
+def _data_before_clock(run: Run) -> Iterator[Finding]:
+    start = run.first("run_start")
+    if start is None:
+        return
+    events = (e for e in run.log.events if e.key in DATA_EVENTS)
+    early = [e for e in events if e.line < start.line or (e.time_ms < start.time_ms and samples_count(e))]
+    if early:
+        text = f"{early[0].key} before run_start: data must be untouched until the clock runs (§11)"
+        yield Finding("error", "data before run_start", text, f":{early[0].line}")
+
+
+def _submission(run: Run) -> Iterator[Finding]:
+    if run.rehearsal:
+        text = "CPU rehearsal with a small model and generated data: not a submission, no MFU, no score"
+        yield Finding("note", "rehearsal", text)
+        return
+    for key in ("submission_platform", "submission_org"):
+        if PLACEHOLDER.search(str(run.values.get(key, ""))):
+            yield Finding("warning", "placeholder", f"{key} is {run.values.get(key, '')!r}: name the real one")
+    if any(e.value is False for e in run.events("cache_clear")):
+        yield Finding("warning", "warm caches", "cache_clear is false: caches must be dropped before a run (§6.1)")
+
+
+def _inflated_train_loss(run: Run) -> Iterator[Finding]:
+    losses = [loss for _, loss in run.train_losses]
+    if run.rehearsal or len(losses) < 4:
+        return
+    ratio = statistics.median(losses[len(losses) // 2 :]) / USUAL_TRAIN_LOSS
+    factor = round(ratio)
+    if factor > 1 and abs(ratio / factor - 1) < 0.15:
+        cp = run.values.get("context_parallelism")
+        known = f"context_parallelism is {cp}" if cp else "context parallelism is not logged"
+        text = f"train_loss is about {factor} times the usual {USUAL_TRAIN_LOSS}: summed over context ranks? {known}"
+        yield Finding("warning", "inflated train loss", text)
+
+
+def _published(run: Run) -> Iterator[Finding]:
+    rows = {row.sequences: row for row in envelope(run.gbs)}
+    compared = [(rows[s], loss) for s, loss in run.evaluations if s in rows]
+    outside = [(row, loss) for row, loss in compared if loss > row.p95]
+    if run.rehearsal or 2 * len(outside) <= len(compared):  # one in twenty of the published evaluations is outside
+        return
+    row, loss = outside[-1]
+    yield Finding("warning", "slow convergence", f"{len(outside)} of {len(compared)} {_beyond(row, loss)}")
+
+
+def _beyond(row: EnvelopeRow, loss: float) -> str:
+    where = f"at {row.sequences} sequences {loss:.4f}, published 95% quantile {row.p95:.4f}, median {row.median:.4f}"
+    return f"evaluations are worse than 95% of the published runs with GBS {row.gbs}: {where}"
+
+
+RUN_CHECKS = (
+    *(_damage, _times, _convergence, _fixed_values, _evaluation_schedule, _data_before_clock),
+    *(_submission, _inflated_train_loss, _published),
+)
+
+
+def _seeds(result: Result) -> Iterator[Finding]:
+    seen: dict[str, Run] = {}
+    for run in result.runs:
+        if run.seed is None:
+            continue  # the official checker asks for one
+        if (other := seen.setdefault(str(run.seed), run)) is not run:
+            text = f"seed {run.seed} is also {other.path.name}'s: no two runs may share a seed (§5.1)"
+            yield Finding("error", "duplicate seed", text, str(run.path))
