@@ -74,7 +74,7 @@ class LlamaShape:
 
     def lora_parameters(self, rank: int) -> int:
         """Weights of A and B on linear_qkv and linear_proj of all layers."""
-        return self.layers * rank * ((self.hidden + self.qkv_rows) + (self.hidden + self.hidden))
+        return sum(rows * columns for rows, columns in adapter_shapes(self, rank).values())
 
 
 LLAMA2_70B = LlamaShape(
@@ -127,18 +127,26 @@ class Block(NamedTuple):
 class Stack(NamedTuple):
     """A tensor of a Megatron checkpoint.
 
-    name: without the checkpoint's "module." prefix. shape: as stored. chunks: how NeMo cuts it (zarr: one file a chunk).
+    name: without the checkpoint's "module." prefix. shape: as stored. chunk: shape of the pieces that NeMo cuts it into.
     stacked: whether the first axis is the layer.
     """
 
     name: str
     shape: tuple[int, ...]
-    chunks: tuple[int, ...]
+    chunk: tuple[int, ...]
     stacked: bool
 
-    def index(self, layer: int | None) -> tuple[int, ...]:
-        """Offset of one layer, or of a tensor outside the layers."""
-        return (() if layer is None else (layer,)) + (0,) * (len(self.shape) - self.stacked)
+
+class Chunk(NamedTuple):
+    """One piece of a Stack: its place in the grid of pieces, and the blocks that it is made of, one below the other."""
+
+    stack: Stack
+    index: tuple[int, ...]
+    blocks: list[Block]
+
+    @property
+    def offset(self) -> tuple[int, ...]:
+        return tuple(i * size for i, size in zip(self.index, self.stack.chunk, strict=True))
 
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -175,8 +183,8 @@ def stacks(shape: LlamaShape) -> list[Stack]:
     }
     found = [Stack(name, dims, dims, False) for name, dims in outside.items()]
     for name, dims in in_layer.items():
-        chunk = (shape.ffn, shape.hidden) if name == FC1 else dims  # gate and up are cut apart
-        found.append(Stack(name, (shape.layers, *dims), (1, *chunk), True))
+        piece = (shape.ffn, shape.hidden) if name == FC1 else dims  # gate and up are cut apart
+        found.append(Stack(name, (shape.layers, *dims), (1, *piece), True))
     return found
 
 
@@ -199,13 +207,37 @@ def blocks(shape: LlamaShape, name: str, layer: int | None = None) -> list[Block
     return found
 
 
+def chunks(shape: LlamaShape) -> Iterator[Chunk]:
+    """Every piece of a Megatron checkpoint of this shape."""
+    for stack in stacks(shape):
+        for layer in range(shape.layers) if stack.stacked else (None,):
+            first = stack.stacked  # the axis of rows
+            pieces = stack.shape[first] // stack.chunk[first]
+            found = blocks(shape, stack.name, layer)
+            each = len(found) // pieces
+            for piece in range(pieces):
+                index = (*(() if layer is None else (layer,)), piece, *(0,) * (len(stack.shape) - first - 1))
+                yield Chunk(stack, index, found[piece * each : (piece + 1) * each])
+
+
 def hf_tensors(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the Hugging Face model."""
     found: dict[str, tuple[int, ...]] = {}
-    for stack in stacks(shape):
-        columns = stack.shape[-1:] if len(stack.shape) - stack.stacked > 1 else ()
-        for layer in range(shape.layers) if stack.stacked else (None,):
-            for block in blocks(shape, stack.name, layer):
-                rows = max(block.first + block.rows, found.get(block.tensor, (0,))[0])
-                found[block.tensor] = (rows, *columns)
+    for stack, _, parts in chunks(shape):
+        columns = stack.shape[stack.stacked + 1 :]
+        for block in parts:
+            rows = max(block.first + block.rows, found.get(block.tensor, (0,))[0])
+            found[block.tensor] = (rows, *columns)
+    return found
+
+
+def adapter_shapes(shape: LlamaShape, rank: int) -> dict[str, tuple[int, int]]:
+    """Name and shape of every LoRA matrix: A (linear_in) is [rank, in], B (linear_out) is [out, rank]."""
+    outputs = {"linear_qkv": shape.qkv_rows, "linear_proj": shape.hidden}
+    found = {}
+    for layer in range(shape.layers):
+        for target, rows in outputs.items():
+            prefix = f"decoder.layers.{layer}.self_attention.{target}.adapter"
+            found[f"{prefix}.linear_in.weight"] = (rank, shape.hidden)
+            found[f"{prefix}.linear_out.weight"] = (rows, rank)
     return found

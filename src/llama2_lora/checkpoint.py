@@ -1,0 +1,145 @@
+"""What training reads and writes on disk: the NeMo checkpoint of the base model, and the LoRA adapter. Imports no torch.
+
+CHECKPOINT/context/{io.json, model.yaml, nemo_tokenizer/}    what the model is
+CHECKPOINT/weights/{metadata.json, common.pt, ...}           its weights, "zarr" or "torch_dist"
+ADAPTER/{adapter.json, adapter.safetensors}                  rank, alpha, shape of the base; A and B of every layer
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llama2_lora.context import TOKENIZER, read_model_yaml
+from llama2_lora.llama2 import EMBEDDING, LlamaShape, Stack, adapter_shapes, stacks
+
+AGAIN = "run scripts/convert_model.py or scripts/download_model.py again"
+PREFIX = "module."  # NeMo's name for the model inside its Lightning module
+ADAPTER_JSON, ADAPTER_TENSORS = "adapter.json", "adapter.safetensors"
+
+
+def read_shape(folder: Path) -> LlamaShape:
+    """Shape of the model in a NeMo checkpoint. ValueError where there is no such checkpoint, or it is no Llama."""
+    folder = Path(folder)
+    shape, knows_vocab = read_model_yaml(folder / "context")
+    if knows_vocab:
+        return shape
+    # NeMo's own contexts may leave the vocabulary to the tokenizer; the embedding has it, padded as the model has.
+    header = _zarr_header(folder / "weights" / (PREFIX + EMBEDDING))
+    if header is None:
+        raise ValueError(f"{folder}: neither context/model.yaml nor the weights tell the vocabulary's size")
+    return dataclasses.replace(shape, vocab=header["shape"][0])
+
+
+def check_checkpoint(folder: Path, shape: LlamaShape) -> None:
+    """ValueError names all that a NeMo checkpoint of a model of this shape lacks, or has in another shape.
+
+    Reads names and headers, no weights: a fraction of a second on a network file system.
+    """
+    folder = Path(folder)
+    problems = [f"{name} is missing" for name in ("context/io.json", "weights/common.pt") if not (folder / name).is_file()]
+    tokenizer = folder / "context" / TOKENIZER
+    if not any((tokenizer / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        problems.append(f"context/{TOKENIZER} holds no tokenizer")
+    weights = folder / "weights"
+    match weights_format(folder):
+        case "zarr":
+            problems += [problem for stack in stacks(shape) if (problem := _zarr_problem(weights, stack))]
+        case "torch_dist":
+            if not (weights / ".metadata").is_file() or not any(weights.glob("*.distcp")):
+                problems.append("weights/.metadata or weights/*.distcp is missing")
+        case other:
+            problems.append(f"weights/metadata.json names the format {other}: must be zarr or torch_dist")
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{folder}: {'; '.join(problems[:5])}{more}: {AGAIN}")
+
+
+def weights_format(folder: Path) -> str | None:
+    """ "zarr" or "torch_dist", as Megatron finds it; None where there is no whole checkpoint."""
+    try:
+        return json.loads((Path(folder) / "weights" / "metadata.json").read_text())["sharded_backend"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _zarr_header(array: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((array / ".zarray").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _zarr_problem(weights: Path, stack: Stack) -> str | None:
+    array = weights / (PREFIX + stack.name)
+    header = _zarr_header(array)
+    if header is None:
+        return f"weights/{array.name} is missing"
+    if (found := tuple(header["shape"])) != stack.shape:
+        return f"weights/{array.name} has the shape {found}, the context asks for {stack.shape}"
+    # A missing chunk would be read as zeros. Other programs may cut other chunks than ours: the header says.
+    expected = math.prod(-(-size // piece) for size, piece in zip(found, header["chunks"], strict=True))
+    chunks = sum(1 for path in array.iterdir() if path.name[0] != ".")
+    if chunks != expected:
+        return f"weights/{array.name} has {chunks} of {expected} chunks"
+    return None
+
+
+# The adapter ------------------------------------------------------------------------------------------------------
+
+
+def write_adapter(path: Path, tensors: Mapping[str, Any], shape: LlamaShape, rank: int, alpha: int) -> None:
+    """Write A and B of every layer, whole (not sharded), as NumPy arrays or torch tensors; replaces an older adapter.
+
+    ValueError where a matrix is missing, too many, or of another shape. The folder appears when it is complete.
+    """
+    path = Path(path)
+    arrays = {name: tensor.numpy() if hasattr(tensor, "numpy") else tensor for name, tensor in tensors.items()}
+    _check_adapter("the adapter", {name: array.shape for name, array in arrays.items()}, shape, rank)
+    from safetensors.numpy import save_file
+
+    partial = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(arrays, partial / ADAPTER_TENSORS)
+    about = {"rank": rank, "alpha": alpha, "base": dataclasses.asdict(shape)}
+    (partial / ADAPTER_JSON).write_text(json.dumps(about, indent=2) + "\n")
+    if path.exists():
+        shutil.rmtree(path)
+    partial.rename(path)
+
+
+def read_adapter(path: Path) -> tuple[dict[str, Any], LlamaShape, int, int]:
+    """(NumPy arrays by name, shape of the base, rank, alpha). ValueError where it is damaged or no adapter."""
+    from safetensors.numpy import load_file
+
+    path = Path(path)
+    try:
+        about = json.loads((path / ADAPTER_JSON).read_text())
+        shape, rank, alpha = LlamaShape(**about["base"]), about["rank"], about["alpha"]
+        arrays = load_file(path / ADAPTER_TENSORS)
+    except OSError as error:
+        raise ValueError(f"{path} is no adapter: {error.filename} does not exist; train with SAVE_ADAPTER=1") from None
+    except Exception as error:  # safetensors raises a type of its own
+        raise ValueError(f"{path} is damaged ({error}): train again with SAVE_ADAPTER=1") from None
+    _check_adapter(str(path), {name: array.shape for name, array in arrays.items()}, shape, rank)
+    return arrays, shape, rank, alpha
+
+
+def _check_adapter(where: str, found: Mapping[str, tuple[int, ...]], shape: LlamaShape, rank: int) -> None:
+    expected = adapter_shapes(shape, rank)
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"{name} is no matrix of this model" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{name} has the shape {tuple(found[name])}, must have {expected[name]}"
+        for name in sorted(found.keys() & expected.keys())
+        if tuple(found[name]) != expected[name]
+    ]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{where}: {'; '.join(problems[:5])}{more}")

@@ -1,0 +1,168 @@
+"""A Hugging Face Llama on disk, read row by row: no model is built, and no more than a few MiB are held at a time.
+
+A safetensors file is a JSON header (name, dtype, shape, byte range of each tensor) and the raw bytes, so rows are ranges of
+the file. Files of the older kind, `pytorch_model*.bin`, are read through torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llama2_lora.llama2 import Block, LlamaShape, hf_tensors
+
+PIECE_BYTES = 8 << 20
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # safetensors' names
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in order of preference; sharded ones have an index beside them
+# Buffers that older checkpoints carry: computed from the configuration, not weights.
+IGNORED = (".rotary_emb.inv_freq",)
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies. offset: of its first byte in the file (safetensors only)."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class HFModel:
+    """Configuration, tokenizer and weights of a Llama in a local folder. Opening it checks names, shapes and sizes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.config = _read_json(self.folder / "config.json")
+        self.shape = LlamaShape.from_hf_config(self.config)
+        self.tokenizer_files = [path for name in TOKENIZER_FILES if (path := self.folder / name).is_file()]
+        if not any(path.name in ("tokenizer.json", "tokenizer.model") for path in self.tokenizer_files):
+            raise ValueError(f"{self.folder} has no tokenizer: neither tokenizer.json nor tokenizer.model is there")
+        self.files = _weight_files(self.folder)
+        self.tensors = {name: tensor for file in self.files for name, tensor in _list_tensors(file).items()}
+        self.dtype = self._check()
+
+    def read(self, block: Block) -> Iterator[bytes]:
+        """The bytes of a block, in pieces of at most PIECE_BYTES."""
+        tensor = self.tensors[block.tensor]
+        row_bytes = math.prod(tensor.shape[1:]) * DTYPE_BYTES[tensor.dtype]
+        left = block.rows * row_bytes
+        if tensor.file.suffix == ".bin":
+            yield from _read_bin(tensor.file, block)
+            return
+        # Opened anew for each block: mapped or held files count as this process's memory.
+        with tensor.file.open("rb", buffering=0) as file:
+            file.seek(tensor.offset + block.first * row_bytes)
+            while left:
+                piece = file.read(min(left, PIECE_BYTES))
+                if not piece:
+                    raise ValueError(f"{tensor.file} ends inside {block.tensor}: it was changed while it was read")
+                left -= len(piece)
+                yield piece
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this source from another or changed one."""
+        files = [self.folder / "config.json", *self.tokenizer_files, *self.files]
+        return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+
+    def _check(self) -> str:
+        """The one dtype of all weights. ValueError names tensors that are missing, too many, or of another shape."""
+        expected = hf_tensors(self.shape)
+        names = {name for name in self.tensors if not name.endswith(IGNORED)}
+        if self.shape.tied:
+            names.discard("lm_head.weight")  # some files hold the embedding a second time
+        problems = [f"{name} is missing" for name in sorted(expected.keys() - names)]
+        problems += [f"{name} is no tensor of this model" for name in sorted(names - expected.keys())]
+        problems += [
+            f"{name} has the shape {self.tensors[name].shape}, config.json asks for {expected[name]}"
+            for name in sorted(names & expected.keys())
+            if self.tensors[name].shape != expected[name]
+        ]
+        dtypes = {self.tensors[name].dtype for name in names}
+        if not problems and (len(dtypes) > 1 or not dtypes <= DTYPE_BYTES.keys()):
+            problems = [f"weights are {', '.join(sorted(dtypes))}: must all be one of {', '.join(DTYPE_BYTES)}"]
+        if problems:
+            more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise ValueError(f"{self.folder}: {'; '.join(problems[:5])}{more}")
+        return dtypes.pop()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Files with the weights, from the index where there is one. ValueError names the ones that are missing."""
+    for name in WEIGHTS:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            files = sorted({folder / file for file in _read_json(index)["weight_map"].values()})
+            if missing := [file.name for file in files if not file.is_file()]:
+                raise ValueError(f"{folder}: {index.name} names {', '.join(missing)}, which is not there")
+            return files
+        if (folder / name).is_file():
+            return [folder / name]
+    raise ValueError(f"{folder} has no weights: neither {' nor '.join(WEIGHTS)}, whole or with an index, is there")
+
+
+def _list_tensors(file: Path) -> dict[str, Tensor]:
+    return _list_bin(file) if file.suffix == ".bin" else _list_safetensors(file)
+
+
+def _list_safetensors(path: Path) -> dict[str, Tensor]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if not 0 < header_bytes <= size - 8:
+            raise ValueError(f"{path} is no safetensors file, or was cut off: fetch it again")
+        try:
+            header = json.loads(file.read(header_bytes))
+        except ValueError:
+            raise ValueError(f"{path} is no safetensors file: fetch it again") from None
+    start = 8 + header_bytes
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    expected = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if size != expected:
+        raise ValueError(f"{path} has {size} bytes, its header promises {expected}: fetch it again")
+    return {
+        name: Tensor(path, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
+        for name, entry in entries.items()
+    }
+
+
+def _load_bin(path: Path) -> dict[str, Any]:
+    import torch
+
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+
+def _list_bin(path: Path) -> dict[str, Tensor]:
+    names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+    return {
+        name: Tensor(path, names.get(str(tensor.dtype), str(tensor.dtype)), tuple(tensor.shape), 0)
+        for name, tensor in _load_bin(path).items()
+    }
+
+
+def _read_bin(path: Path, block: Block) -> Iterator[bytes]:
+    import torch
+
+    tensor = _load_bin(path)[block.tensor]  # mapped anew for each block, as above
+    rows = tensor[block.first : block.first + block.rows].contiguous().view(torch.uint8).flatten().numpy()
+    for start in range(0, len(rows), PIECE_BYTES):
+        yield rows[start : start + PIECE_BYTES].tobytes()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except ValueError:
+        raise ValueError(f"{path} is no JSON file: fetch it again") from None
