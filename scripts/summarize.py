@@ -17,7 +17,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,11 +26,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from llama2_lora import benchmark
 from llama2_lora.checks import judge
-from llama2_lora.results import Result, Summary, figures
+from llama2_lora.report import (
+    COLUMNS,
+    cells,
+    compliance_findings,
+    config_line,
+    page,
+    score_line,
+    verdict_line,
+)
+from llama2_lora.results import Finding, Result, Summary, figures
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 PIPE_WIDTH = 150  # columns where the output is no terminal
-WORST_MESSAGES = 3  # of the official checker, per run
+MOST_MESSAGES = 3  # of the official checker, per run
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -65,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_csv(summary, arguments.peak_tflops)
     else:
         print_summary(summary, arguments.peak_tflops)
+    if arguments.html:
+        arguments.html.write_text(page(summary, arguments.peak_tflops), encoding="utf-8")
     return 0 if summary.ok else 1
 
 
@@ -83,79 +93,25 @@ def print_summary(summary: Summary, peak_tflops: float | None) -> None:
     for result in summary.results:
         console.print(result_table(result, peak_tflops))
         console.print(escape(score_line(result)))
-    print_findings(console, summary)
-    verdict = "all runs complied and converged" if summary.ok else "not all runs complied and converged"
-    console.print(f"\n{len(summary.runs)} runs, rules {summary.ruleset}: {verdict}", style="bold")
+    for finding in compliance_findings(summary, MOST_MESSAGES) + summary.all_findings():
+        print_line(console, finding)
+    console.print(f"\n{verdict_line(summary)}", style="bold")
 
 
 def result_table(result: Result, peak_tflops: float | None) -> Table:
     table = Table(title=f"{escape(result.name)}: {escape(config_line(result))}", title_justify="left")
-    table.add_column("run", overflow="fold")
-    table.add_column("status", no_wrap=True)
-    for name in ("minutes", "evals", "loss", "sequences", "seq/s", "s/step", "MFU", "eval", "init min", "seed"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("rules", no_wrap=True)
-    table.add_column("vs published", justify="right", no_wrap=True)
+    for name in COLUMNS:
+        left = name in ("run", "status", "rules")
+        table.add_column(name, justify="left" if left else "right", no_wrap=name != "run", overflow="fold")
     for run in result.runs:
-        table.add_row(*cells(figures(run, peak_tflops)), style="" if run.converged else "red")
+        style = "" if run.complied and run.converged else "red"
+        table.add_row(*map(escape, cells(figures(run, peak_tflops))), style=style)
     return table
 
 
-def config_line(result: Result) -> str:
-    config = result.config
-    names = {
-        "submission_platform": "",
-        "global_batch_size": "GBS ",
-        "gradient_accumulation_steps": "accumulation ",
-        "opt_base_learning_rate": "LR ",
-        "opt_learning_rate_training_steps": "steps ",
-    }
-    return ", ".join(f"{label}{config[key]}" for key, label in names.items() if key in config)
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """A run's figures as text; a dash where the log does not tell."""
-    formats = {
-        "run": "{}",
-        "status": "{}",
-        "train_minutes": "{:.2f}",
-        "evaluations": "{}",
-        "final_loss": "{:.4f}",
-        "sequences_to_converge": "{:,}",
-        "samples_per_second": "{:.2f}",
-        "step_seconds": "{:.3f}",
-        "mfu": "{:.1%}",
-        "eval_share": "{:.1%}",
-        "init_minutes": "{:.1f}",
-        "seed": "{}",
-    }
-    texts = ["-" if row[key] is None else form.format(row[key]) for key, form in formats.items()]
-    verdict = "complied" if row["complied"] else "BROKEN"
-    difference = row["loss_minus_published_median"]
-    return [escape(t) for t in texts] + [verdict, "-" if difference is None else f"{difference:+.4f}"]
-
-
-def score_line(result: Result) -> str:
-    score = result.score
-    if score.minutes is None:
-        return score.reason + (f" (RCP: {score.rcp})" if score.rcp else "")
-    passed = {True: "passed", False: "FAILED", None: ""}[score.rcp_passed]
-    parts = f"olympic mean {score.olympic_minutes:.3f} min x scaling {score.scaling:.4f}"
-    return f"score: {score.minutes:.3f} minutes ({parts}; RCP {passed}: {score.rcp})"
-
-
-def print_findings(console: Console, summary: Summary) -> None:
-    for run in summary.runs:
-        for message in run.compliance[:WORST_MESSAGES]:
-            print_line(console, "error", str(run.path), f"compliance checker: {message.splitlines()[0]}")
-        if (more := len(run.compliance) - WORST_MESSAGES) > 0:
-            print_line(console, "error", str(run.path), f"compliance checker: {more} more (--json has them all)")
-    for finding in summary.all_findings():
-        print_line(console, finding.level, finding.where, finding.text)
-
-
-def print_line(console: Console, level: str, where: str, text: str) -> None:
-    console.print(f"[{STYLES[level]}]{level}[/] {escape(where)}: {escape(text)}", soft_wrap=True)
+def print_line(console: Console, finding: Finding) -> None:
+    style = STYLES[finding.level]
+    console.print(f"[{style}]{finding.level}[/] {escape(finding.where)}: {escape(finding.text)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

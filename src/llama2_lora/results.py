@@ -461,7 +461,7 @@ def official_score(result: Result, ruleset: str) -> Score:
     """Olympic mean, RCP verdict and scaling by mlperf_logging's own programs, on a copy: they write where they read."""
     count, needed = len(result.runs), benchmark.RUNS_PER_RESULT
     if any(run.rehearsal for run in result.runs):
-        return Score(reason=f"score: a rehearsal has none; a result needs {needed} runs of the 70B model")
+        return Score(reason=f"score: needs {needed} runs of the 70B model; a rehearsal has none")
     if count != needed:
         return Score(reason=f"score: needs {needed} runs, has {count}")
     from mlperf_logging.rcp_checker import rcp_checker
