@@ -1,0 +1,227 @@
+"""Bytes that one GPU needs for a config, item by item, before anything is allocated.
+
+Weights, adapter, gradients and optimizer state are exact. Activations count what autograd keeps from a layer's forward to
+its backward; the working set and the libraries are estimates. Sources, by the letter in `Item.source`:
+
+[K] Korthikanti et al., Reducing Activation Recomputation in Large Transformer Models (2205.05198), with what a frozen
+    base changes: no weight gradient is computed, so the inputs of the four linear layers are not kept.
+[T] Transformer Engine 2.9: module/linear.py, tensor/storage/float8_tensor_storage.py (`update_usage` makes the transpose of
+    an FP8 weight in the first forward and keeps it, where GEMMs take one layout only: Hopper).
+[M] Megatron Core 0.15: distrib_optimizer.py, fused_bias_swiglu.py, cross_entropy.py, transformer_block.py.
+[N] NeMo 2.7 ParallelLinearAdapter: dropout first; under sequence parallelism A reads the gathered sequence.
+[E] An estimate.
+
+s tokens of a sequence on this rank (S / CP), t = TP, h hidden, f FFN width, L layers on this stage, b = MBS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llama2_lora.accelerators import Accelerator
+from llama2_lora.llama2 import LlamaShape
+from llama2_lora.settings import Settings
+
+BF16, FP32, FP8, FP4 = 2.0, 4.0, 1.0, 0.5
+BLOCK_SCALES = 1 / 32  # MXFP8: a byte per 32 values
+FP4_SCALES = 1 / 16  # NVFP4: a byte per 16 values
+
+CONTEXT_GB = 0.7  # [E] CUDA context, cuBLAS and cuDNN handles and workspaces
+NCCL_GB_PER_GROUP = 0.4  # [E] channel buffers of one communicator
+USERBUFFERS = 8  # forward and backward of qkv, proj, fc1 and fc2
+TIGHT = 0.95  # an account is not better than that
+ALLOCATOR_SLACK = 0.02  # [E] of what torch allocates, with expandable segments
+
+
+@dataclass(frozen=True)
+class Item:
+    name: str
+    bytes: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Software:
+    """What decides memory but is no setting. The defaults are this project's; PUBLISHED is what submissions ran."""
+
+    keeps_transposes: bool = True
+    fp8_swiglu_input: bool = False  # Megatron's activation_func_fp8_input_store
+    keeps_dropout_masks: bool = True  # submissions recompute them
+    keeps_bf16_beside_fp4: bool = True
+
+
+PUBLISHED = Software(keeps_transposes=False, fp8_swiglu_input=True, keeps_dropout_masks=False, keeps_bf16_beside_fp4=False)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Items of the fullest GPU against its capacity. `least` is the total with what published submissions ran."""
+
+    items: tuple[Item, ...]
+    least: float
+    capacity: int
+
+    @property
+    def total(self) -> float:
+        return sum(item.bytes for item in self.items)
+
+    @property
+    def verdict(self) -> str:
+        """fits; tight: above 95%; over: does not fit, but published software would; no: that neither."""
+        if self.least > self.capacity:
+            return "no"
+        if self.total > self.capacity:
+            return "over"
+        return "tight" if self.total > TIGHT * self.capacity else "fits"
+
+
+def memory_per_gpu(settings: Settings, shape: LlamaShape, accelerator: Accelerator) -> Memory:
+    """The account of the first pipeline stage, which holds most; the logits of the last one are added to be safe."""
+    least = sum(item.bytes for item in items(settings, shape, accelerator, PUBLISHED))
+    return Memory(items(settings, shape, accelerator, Software()), least, accelerator.memory_bytes)
+
+
+def items(settings: Settings, shape: LlamaShape, accelerator: Accelerator, software: Software) -> tuple[Item, ...]:
+    found = [
+        *_weights(settings, shape, accelerator, software),
+        *_adapter(settings, shape),
+        *_activations(settings, shape, software),
+        *_logits(settings, shape),
+        _working_set(settings, shape),
+    ]
+    slack = ALLOCATOR_SLACK * sum(item.bytes for item in found)
+    found += [Item("allocator slack", slack, "E"), *_libraries(settings, shape)]
+    return tuple(item for item in found if item.bytes)
+
+
+def linear_parameters(shape: LlamaShape) -> int:
+    """Weights of the linear layers in all layers: all that FP8 or FP4 stores."""
+    return shape.layers * shape.hidden * (shape.qkv_rows + shape.hidden + 3 * shape.ffn)
+
+
+def _weights(settings: Settings, shape: LlamaShape, accelerator: Accelerator, software: Software) -> list[Item]:
+    p, layout = settings.precision, settings.parallel
+    linear = linear_parameters(shape) / (layout.tp * layout.pp)
+    outside = shape.vocab * shape.hidden * (1 if layout.pp > 1 or shape.tied else 2) / layout.tp
+    norms = shape.hidden * (2 * shape.layers / layout.pp + 1)
+    found = [Item("embedding, output layer, norms (bf16)", BF16 * (outside + norms), "M")]
+    if not (p.fp8_weights or (p.fp4 and not software.keeps_bf16_beside_fp4)):
+        found.append(Item("linear weights (bf16)", BF16 * linear, "M"))
+    if p.fp4:
+        found.append(Item("FP4 copies, both directions", 2 * (FP4 + FP4_SCALES) * linear, "T"))
+    if p.fp8:
+        blocks = BLOCK_SCALES if p.fp8_recipe == "mxfp8" else 0.0
+        what = "linear weights (FP8)" if p.fp8_weights else "FP8 copies of the weights"
+        found.append(Item(what, (FP8 + blocks) * linear, "T"))
+        if p.fp8_recipe == "mxfp8":  # its scales run along one axis, so each direction has its own copy
+            found.append(Item("FP8 copies for the backward", (FP8 + blocks) * linear, "T"))
+        elif accelerator.tn_only and (software.keeps_transposes or not p.fp8_weights):
+            found.append(Item("FP8 transposes for the backward", FP8 * linear, "T"))
+    return found
+
+
+def _adapter(settings: Settings, shape: LlamaShape) -> list[Item]:
+    layout = settings.parallel
+    parameters = shape.lora_parameters(settings.optimization.lora_rank) / (layout.tp * layout.pp)
+    shards = settings.data_parallel_size * layout.cp  # the distributed optimizer shards over both
+    return [
+        Item("adapter (bf16)", BF16 * parameters, "M"),
+        Item("adapter gradients (bf16)", BF16 * parameters, "M"),
+        Item("AdamW: fp32 copy and two moments, sharded", 3 * FP32 * parameters / shards, "M"),
+    ]
+
+
+def layer_activations(settings: Settings, shape: LlamaShape, software: Software) -> list[Item]:
+    """What one layer keeps of one micro-batch for its backward, without recomputation."""
+    layout, p = settings.parallel, settings.precision
+    t = layout.tp
+    tokens = settings.batch.sequence_length / layout.cp * settings.batch.micro
+    sharded = t if layout.sequence_parallel else 1  # of what lies between the tensor-parallel regions
+    residual = tokens * shape.hidden / sharded
+    attention = FP8 if p.fp8_attention else BF16
+    qkv, out = tokens * shape.qkv_rows / t, tokens * shape.hidden / t
+    # The overlap leaves the gathering to the adapter, after its dropout (get_adapter_attributes_from_linear).
+    masked = residual if settings.performance.tp_comm_overlap else tokens * shape.hidden
+    masks = (masked + out) if settings.optimization.lora_dropout and software.keeps_dropout_masks else 0.0
+    swiglu = FP8 if software.fp8_swiglu_input else BF16
+    return [
+        Item("inputs of both norms", 2 * BF16 * residual, "K"),
+        Item("query, key, value", attention * qkv, "K"),
+        Item("attention output", attention * out + FP32 * tokens * shape.heads / t, "K"),
+        Item("adapter inputs (qkv, proj)", BF16 * (tokens * shape.hidden + out), "N"),
+        Item("adapter dropout masks", masks, "N"),
+        Item("SwiGLU input", swiglu * 2 * tokens * shape.ffn / t, "M"),
+    ]
+
+
+def _activations(settings: Settings, shape: LlamaShape, software: Software) -> list[Item]:
+    layout, performance = settings.parallel, settings.performance
+    layers = shape.layers / layout.pp
+    in_flight = min(layout.pp, settings.batch.gradient_accumulation_steps)  # 1F1B, first stage
+    one_layer = layer_activations(settings, shape, software)
+    if performance.recompute == "full":
+        tokens = settings.batch.sequence_length / layout.cp * settings.batch.micro
+        layer_inputs = BF16 * tokens * shape.hidden / (layout.tp if layout.sequence_parallel else 1)
+        again = sum(item.bytes for item in one_layer)
+        return [
+            Item("layer inputs (full recomputation)", layers * in_flight * layer_inputs, "K"),
+            Item("one layer, recomputed", again, "K"),
+        ]
+    if performance.recompute == "selective":  # the core attention only: its output goes, q, k and v stay
+        one_layer = [item for item in one_layer if item.name != "attention output"]
+    # Offloaded layers leave the masks; two layers' worth is on its way to or from the host.
+    offloaded = min(performance.offload_layers, layers)
+    kept = layers - max(0.0, offloaded - 2) if offloaded else layers
+    return [
+        Item(
+            f"activations: {item.name}",
+            item.bytes * in_flight * (layers if "masks" in item.name else kept),
+            item.source,
+        )
+        for item in one_layer
+    ]
+
+
+def _logits(settings: Settings, shape: LlamaShape) -> list[Item]:
+    """bf16 logits, their fp32 copy, the softmax kept for the backward, and the bf16 gradient."""
+    tokens = settings.batch.sequence_length / settings.parallel.cp * settings.batch.micro
+    return [Item("logits and cross entropy", (2 * BF16 + 2 * FP32) * tokens * shape.vocab / settings.parallel.tp, "M")]
+
+
+def _working_set(settings: Settings, shape: LlamaShape) -> Item:
+    """Of the largest layer backward, the MLP: gradients of fc1's output twice, and four tensors of the width h."""
+    layout = settings.parallel
+    tokens = settings.batch.sequence_length / layout.cp * settings.batch.micro
+    size = 2 * BF16 * tokens * 2 * shape.ffn / layout.tp + 4 * BF16 * tokens * shape.hidden
+    return Item("working set of one layer", size, "E")
+
+
+def _libraries(settings: Settings, shape: LlamaShape) -> list[Item]:
+    layout = settings.parallel
+    dp = settings.data_parallel_size
+    groups = 1 + sum(size > 1 for size in (layout.tp, layout.pp, layout.cp, dp, dp * layout.cp))
+    tokens = settings.batch.sequence_length / layout.cp * settings.batch.micro
+    buffers = USERBUFFERS * BF16 * tokens * shape.hidden if settings.performance.tp_comm_overlap else 0.0
+    return [
+        Item("userbuffers", buffers, "T"),
+        Item(f"NCCL, {groups} communicators", groups * NCCL_GB_PER_GROUP * 1e9, "E"),
+        Item("CUDA context and libraries", CONTEXT_GB * 1e9, "E"),
+    ]
+
+
+def what_would_fit(settings: Settings, shape: LlamaShape, accelerator: Accelerator) -> str | None:
+    """The cheapest settings, in time, with which the config would fit; None where none of them does."""
+    for variables, performance in _savings(settings, shape):
+        changed = replace(settings, performance=replace(settings.performance, **performance))
+        if memory_per_gpu(changed, shape, accelerator).verdict in ("fits", "tight"):
+            return variables
+    return None
+
+
+def _savings(settings: Settings, shape: LlamaShape) -> Iterator[tuple[str, dict[str, Any]]]:
+    if settings.parallel.pp == 1:
+        for layers in range(1, shape.layers // 2 + 1):  # the host link is too slow for more
+            yield f"CPU_OFFLOAD_LAYERS={layers}", {"offload_layers": layers, "recompute": "none"}
+    yield "RECOMPUTE=full", {"recompute": "full", "offload_layers": 0}
