@@ -1,0 +1,194 @@
+"""run.sub on a real Slurm cluster: what a passing run leaves, and how each failure ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import make_data
+
+pytestmark = pytest.mark.slurm
+
+
+def events(log: Path) -> list[dict]:
+    """All :::MLLOG lines; each must parse."""
+    return [json.loads(line.partition(":::MLLOG ")[2]) for line in log.read_text().splitlines() if ":::MLLOG " in line]
+
+
+def values(log: Path, key: str) -> list:
+    return [event["value"] for event in events(log) if event["key"] == key]
+
+
+def run_stops(log: Path) -> list[str]:
+    return [event["metadata"]["status"] for event in events(log) if event["key"] == "run_stop"]
+
+
+def assert_clean(job) -> None:
+    job.cluster.wait_for(lambda: not job.leftovers(), 20, job.leftovers)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def time_limited(site):
+    """Slurm's limits take a minute or more: this job runs beside the other tests, and the last one looks at it."""
+    return site.submit("limited", "--time=1", "--signal=B:USR1@50", PAYLOAD="hang", NEXP="2")
+
+
+def test_two_trials_pass_and_leave_their_files(site):
+    job = site.submit("passing", PAYLOAD="pass pass", NEXP="2")
+    assert job.wait() == 0, job.text()
+    suffixes = {path.name.split(f"_{job.number}_", 1)[-1] for path in job.results.iterdir()}
+    assert suffixes >= {"health.jsonl"} | {f"{trial}.{kind}" for trial in (1, 2) for kind in ("log", "env", "compliance")}
+    for trial in (1, 2):
+        log = job.log(trial)
+        assert values(log, "cache_clear") == [True, True], "one per node"
+        assert values(log, "seed") == [99 + trial]
+        assert run_stops(log) == ["success"]
+        assert "SUCCESS" in log.with_suffix(".compliance").read_text()
+        assert f"SEED={99 + trial}\n" in log.with_suffix(".env").read_text()
+        assert f"trial {trial} finished with status 0: training passed, compliance passed" in job.text()
+    assert_clean(job)
+    assert f"cleanup_{job.number}" not in site.cluster.run("squeue", "--format=%j").stdout
+
+
+def test_the_jobs_variables_win_over_the_images(site):
+    job = site.submit("environment", MLPERF_SUBMITTER="job")
+    assert job.wait() == 0, job.text()
+    assert "MLPERF_SUBMITTER=image" in (site.folder / "image/etc/environment").read_text()
+    assert values(job.log(1), "submission_org") == ["job"]
+    assert values(job.log(1), "opt_base_learning_rate") == [5e-4]
+
+
+def test_a_user_who_is_not_root(user_site):
+    job = user_site.submit("own", DROP_CACHES_COMMAND="", DROP_CACHES="try")
+    assert job.wait() == 0, job.text()
+    assert job.log(1).owner() == user_site.user
+    assert values(job.log(1), "cache_clear") == [False, False], "the log must not claim what the user has no right to do"
+    assert "the caches were not dropped (DROP_CACHES=try)" in job.text()
+    assert_clean(job)
+
+
+def test_without_containers_from_a_tree_with_a_space_in_its_path(site):
+    tree = site.folder / "my tree"
+    tree.symlink_to(Path(__file__).resolve().parents[2])
+    job = site.submit("bare", script=tree / "run.sub", CONT="none")
+    assert job.wait() == 0, job.text()
+    assert f"tree {tree}," in job.text()
+    assert_clean(job)
+
+
+def test_a_failed_trial_does_not_stop_the_next_and_the_worst_status_counts(site):
+    job = site.submit("failing", PAYLOAD="exit3 missed silent pass", NEXP="4")
+    assert job.wait() == 4, job.text()
+    text = job.text()
+    assert "trial 1 finished with status 3: training FAILED (3), compliance FAILED" in text
+    assert "trial 2 finished with status 1: training FAILED (1), compliance FAILED" in text
+    assert "trial 3 finished with status 4: training passed, compliance FAILED" in text
+    assert "trial 4 finished with status 0" in text
+    assert [run_stops(job.log(trial)) for trial in (1, 2, 3, 4)] == [["aborted"], ["aborted"], ["success"], ["success"]]
+    assert_clean(job)
+
+
+def test_stop_on_failure(site):
+    job = site.submit("stopping", PAYLOAD="missed pass", NEXP="2", STOP_ON_FAILURE="1")
+    assert job.wait() == 1, job.text()
+    assert not list(job.results.glob("*_2.log"))
+
+
+def test_a_killed_rank_ends_the_others(site):
+    job = site.submit("killed", PAYLOAD="killed")
+    assert job.wait() == 128 + 9, job.text()
+    assert run_stops(job.log(1)) == ["aborted"]
+    assert_clean(job)
+
+
+def test_scancel_closes_the_log(site):
+    job = site.submit("cancelled", PAYLOAD="hang hang", NEXP="2")
+    job.wait_for_line("block_start")
+    site.cluster.run("scancel", str(job.number))
+    job.wait()
+    assert job.show()["JobState"] == "CANCELLED"
+    assert run_stops(job.log(1)) == ["aborted"]
+    assert not list(job.results.glob("*_2.log"))
+    assert_clean(job)
+
+
+def test_a_requeue_after_a_lost_node_keeps_finished_trials(site):
+    job = site.submit("requeued", "--nodelist=node3,node4", PAYLOAD="pass hang_once", NEXP="2")
+    job.wait_for_line(r"trial 2 of 2(.*\n)*.*block_start")
+    first = job.log(1).stat()
+    site.cluster.control("stop_node", "4")
+    site.cluster.run("scontrol", "update", "NodeName=node4", "State=DOWN", "Reason=test")
+    site.cluster.control("start_node", "4")
+    assert job.wait() == 0, job.text()
+    assert "trial 1 was finished before (status 0)" in job.text()
+    assert (job.log(1).stat().st_mtime_ns, job.log(1).stat().st_ino) == (first.st_mtime_ns, first.st_ino)
+    (interrupted,) = job.results.glob("*_2.log.interrupted_*")
+    assert run_stops(interrupted) == ["aborted"]
+    assert run_stops(job.log(2)) == ["success"]
+    assert_clean(job)
+
+
+def test_all_unset_variables_are_named_at_once(site):
+    job = site.submit("unset", MODEL="", CONT="", HEALTH="maybe")
+    assert job.wait() == 2
+    for problem in ("MODEL: is not set", "CONT: is not set", "HEALTH=maybe: must be one of off warn fail"):
+        assert problem in job.text()
+
+
+def test_missing_image(site):
+    job = site.submit("image", CONT=str(site.folder / "no such image"))
+    assert job.wait() == 1
+    assert "no such image: the container cannot be made" in job.text()
+    assert_clean(job)
+
+
+def test_missing_data_stops_the_job_even_without_health_checks(site):
+    (site.folder / "empty").mkdir()
+    job = site.submit("data", DATADIR=str(site.folder / "empty"), HEALTH="off")
+    assert job.wait() == 1, job.text()
+    assert "is DATADIR the folder that download_dataset.py wrote?" in job.text()
+    assert not list(job.results.glob("*.log"))
+    assert_clean(job)
+
+
+def test_data_that_one_node_lacks_and_data_that_differ(site):
+    disks = [site.cluster.rig / f"nodes/node{k}/local/run/l2ltest-disk" for k in (3, 4)]
+    make_data(disks[0])
+    job = site.submit("mount", "--nodelist=node3,node4", DATADIR="/run/l2ltest-disk/data")
+    assert job.wait() == 2, "not on the batch host"
+    assert "DATADIR=/run/l2ltest-disk/data: is not a folder on node3" in job.text()
+    (disks[0] / "data").mkdir()
+    job = site.submit("mount2", "--nodelist=node3,node4", DATADIR="/run/l2ltest-disk/data")
+    assert job.wait() == 1, "not on the second node"
+    assert "a node could not run the probe" in job.text()
+    shutil.copytree(disks[0], disks[1], dirs_exist_ok=True)
+    os.truncate(disks[1] / "train.npy", 1000)
+    job = site.submit("differ", "--nodelist=node3,node4", DATADIR="/run/l2ltest-disk")
+    assert job.wait() == 1
+    assert "train.npy has 1000 bytes, manifest says" in job.text()
+    assert "node4" in job.text()
+
+
+def test_caches_that_cannot_be_dropped(site):
+    job = site.submit("caches", DROP_CACHES_COMMAND="false")
+    assert job.wait() == 1, job.text()
+    assert "the caches were not dropped; give the job's user the right" in job.text()
+
+
+def test_a_container_of_another_job_stays(site):
+    state = site.cluster.rig / "nodes/node1/local/run/spank_stub"
+    state.mkdir(exist_ok=True)
+    (state / "0_llama2_lora_999_0").symlink_to("/somewhere")
+    assert site.submit("neighbour").wait() == 0
+    assert (state / "0_llama2_lora_999_0").is_symlink()
+
+
+def test_the_time_limit_leaves_time_to_close_the_log(time_limited):
+    assert time_limited.wait(180) == 124, time_limited.text()
+    assert "the time limit is near: run_stop (aborted) written for it" in time_limited.text()
+    assert run_stops(time_limited.log(1)) == ["aborted"]
+    assert not list(time_limited.results.glob("*_2.log"))
+    assert_clean(time_limited)
