@@ -49,7 +49,12 @@ class System:
     """What is known of the machine, from files beside the log or the log itself."""
 
     accelerator: str = ""  # key of PEAK_TFLOPS, or empty
-    accelerators: int | None = None
+    nodes: int | None = None
+    per_node: int | None = None
+
+    @property
+    def accelerators(self) -> int | None:
+        return self.nodes * self.per_node if self.nodes and self.per_node else None
 
 
 @dataclass(frozen=True)
@@ -381,19 +386,19 @@ def find_system(run: Run) -> System:
     if env.is_file():
         values = dict(line.split("=", 1) for line in env.read_text(errors="replace").splitlines() if "=" in line)
         with contextlib.suppress(KeyError, ValueError):
-            count = int(values["DGXNNODES"]) * int(values["DGXNGPU"])
-            return System(_accelerator(values.get("ACCELERATOR", "")), count)
+            accelerator = _accelerator(values.get("ACCELERATOR", ""))
+            return System(accelerator, int(values["DGXNNODES"]), int(values["DGXNGPU"]))
     for parent in run.path.parents[1:3]:  # systems/<name>.json beside results/<name>/llama2_70b_lora/result_0.txt
         file = parent.parent / "systems" / f"{parent.name}.json"
         if file.is_file():
             with contextlib.suppress(ValueError):
                 described = json.loads(file.read_text(errors="replace"))
     with contextlib.suppress(KeyError, ValueError, TypeError):
-        count = int(described["number_of_nodes"]) * int(described["accelerators_per_node"])
-        return System(_accelerator(str(described.get("accelerator_model_name", ""))), count)
+        accelerator = _accelerator(str(described.get("accelerator_model_name", "")))
+        return System(accelerator, int(described["number_of_nodes"]), int(described["accelerators_per_node"]))
     name = str(run.values.get("config_filename", ""))
     shape = re.search(r"_(\d+)x(\d+)x\d+", name)
-    return System(_accelerator(name), int(shape[1]) * int(shape[2]) if shape else None)
+    return System(_accelerator(name), *(int(shape[1]), int(shape[2])) if shape else ())
 
 
 def _accelerator(text: str) -> str:
