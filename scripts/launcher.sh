@@ -14,10 +14,10 @@ launch() {
 
 slurm_prefix() { # where
   local nodes="${DGXNNODES}" per_node=1
-  prefix=(srun --export=ALL)
+  prefix=(srun --export=ALL --kill-on-bad-exit=1) # one task's failure ends the others, which would wait for it
   case "$1" in
     first) nodes=1 prefix+=(--relative=0) ;;
-    ranks) per_node="${DGXNGPU}" prefix+=(--label --kill-on-bad-exit=1 --cpu-bind=none) ;; # run_and_time.sh binds
+    ranks) per_node="${DGXNGPU}" prefix+=(--label --cpu-bind=none) ;; # run_and_time.sh binds
   esac
   prefix+=(--nodes="${nodes}" --ntasks="$((nodes * per_node))" --ntasks-per-node="${per_node}")
   [[ "$1" != hosts ]] || return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -13,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import make_data
@@ -51,12 +51,15 @@ class Job:
     def wait(self, timeout: float = 60) -> int:
         """Exit status once the job has ended; a job that a signal ended has 128 + signal."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        self.cluster.wait_for(lambda: self.show()["JobState"] in ended, timeout, lambda: f"{self.show()}\n{self.text()}")
+        self.wait_for(lambda: self.show()["JobState"] in ended, timeout)
         status, number = self.show()["ExitCode"].split(":")
         return int(status) if number == "0" else 128 + int(number)
 
-    def wait_for_line(self, pattern: str, timeout: float = 60) -> None:
-        self.cluster.wait_for(lambda: re.search(pattern, self.text()), timeout, self.text)
+    def wait_for(self, condition: Callable[[], object], timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, f"{self.show()}\n{self.leftovers()}\n{self.text()}"
+            time.sleep(0.2)
 
     def text(self) -> str:
         return self.output.read_text(errors="replace") if self.output.exists() else ""
@@ -78,17 +81,9 @@ class Cluster:
     jobs: list[Job] = field(default_factory=list)
 
     def run(self, *command: str, user: str | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command, env=self.environment | variables, cwd=ROOT, user=user, group=user and "nogroup", extra_groups=None if user is None else [],
-            capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-
-    @staticmethod
-    def wait_for(condition: Callable[[], Any], timeout: float, describe: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + timeout
-        while not condition():
-            assert time.monotonic() < deadline, describe()
-            time.sleep(0.2)
+        who = dict(user=user, group=pwd.getpwnam(user).pw_gid, extra_groups=[]) if user else {}
+        environment = self.environment | variables
+        return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, **who)
 
     def control(self, *arguments: str) -> None:
         subprocess.run([HERE / "cluster.sh", *arguments], env=self.environment, check=True, timeout=60)
@@ -181,7 +176,7 @@ def make_site(cluster: Cluster, folder: Path, user: str | None = None) -> Site:
     make_files(folder)
     make_image(folder / "image")
     if user:
-        subprocess.run(["chown", "-hR", user, folder], check=True)
+        subprocess.run(["chown", "-hR", f"{user}:", folder], check=True)
     return Site(cluster, folder, user)
 
 

@@ -26,8 +26,12 @@ def run_stops(log: Path) -> list[str]:
     return [event["metadata"]["status"] for event in events(log) if event["key"] == "run_stop"]
 
 
+def run_started(job, trial: int) -> bool:
+    return any('"run_start"' in path.read_text() for path in job.results.glob(f"*_{trial}.log"))
+
+
 def assert_clean(job) -> None:
-    job.cluster.wait_for(lambda: not job.leftovers(), 20, job.leftovers)
+    job.wait_for(lambda: not job.leftovers(), 20)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,7 +87,7 @@ def test_a_failed_trial_does_not_stop_the_next_and_the_worst_status_counts(site)
     job = site.submit("failing", PAYLOAD="exit3 missed silent pass", NEXP="4")
     assert job.wait() == 4, job.text()
     text = job.text()
-    assert "trial 1 finished with status 3: training FAILED (3), compliance FAILED" in text
+    assert "trial 1 finished with status 3: training FAILED (3), compliance FAILED" in text, "not that of the ranks it took along"
     assert "trial 2 finished with status 1: training FAILED (1), compliance FAILED" in text
     assert "trial 3 finished with status 4: training passed, compliance FAILED" in text
     assert "trial 4 finished with status 0" in text
@@ -99,14 +103,15 @@ def test_stop_on_failure(site):
 
 def test_a_killed_rank_ends_the_others(site):
     job = site.submit("killed", PAYLOAD="killed")
-    assert job.wait() == 128 + 9, job.text()
+    assert job.wait() > 128, job.text()
+    assert "task 3: Killed" in job.log(1).read_text()
     assert run_stops(job.log(1)) == ["aborted"]
     assert_clean(job)
 
 
 def test_scancel_closes_the_log(site):
     job = site.submit("cancelled", PAYLOAD="hang hang", NEXP="2")
-    job.wait_for_line("block_start")
+    job.wait_for(lambda: run_started(job, 1), 60)
     site.cluster.run("scancel", str(job.number))
     job.wait()
     assert job.show()["JobState"] == "CANCELLED"
@@ -117,11 +122,13 @@ def test_scancel_closes_the_log(site):
 
 def test_a_requeue_after_a_lost_node_keeps_finished_trials(site):
     job = site.submit("requeued", "--nodelist=node3,node4", PAYLOAD="pass hang_once", NEXP="2")
-    job.wait_for_line(r"trial 2 of 2(.*\n)*.*block_start")
+    job.wait_for(lambda: run_started(job, 2), 60)
     first = job.log(1).stat()
     site.cluster.control("stop_node", "4")
     site.cluster.run("scontrol", "update", "NodeName=node4", "State=DOWN", "Reason=test")
     site.cluster.control("start_node", "4")
+    job.wait_for(lambda: job.show()["JobState"] == "PENDING", 30)
+    site.cluster.run("scontrol", "update", f"JobId={job.number}", "StartTime=now")  # else Slurm waits two minutes
     assert job.wait() == 0, job.text()
     assert "trial 1 was finished before (status 0)" in job.text()
     assert (job.log(1).stat().st_mtime_ns, job.log(1).stat().st_ino) == (first.st_mtime_ns, first.st_ino)
