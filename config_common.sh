@@ -23,6 +23,3 @@ export NCCL_NVLS_ENABLE=0
 # A node that is lost ends the run after this many seconds, not after PyTorch's 10 to 30 minutes. NeMo takes it as
 # the time limit of every collective too, so it must exceed the loading of the checkpoint.
 export TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC=600
-# cuDNN's fused attention is the only backend with FP8; ruling out the others makes a silent fall-back an error.
-export NVTE_FUSED_ATTN=1
-export NVTE_FLASH_ATTN=0

@@ -39,7 +39,7 @@ def train(settings: Settings, shape, log: MLPerfLog) -> bool:
     from llama2_lora.training import recipe
     from llama2_lora.training.callback import MLPerfCallback
     from llama2_lora.training.data import GovReport
-    from llama2_lora.training.launch import no_garbage_collection, save_adapter, shared_seed
+    from llama2_lora.training.launch import no_garbage_collection, rendezvous, save_adapter, shared_seed
 
     if settings.system.platform == "cpu":
         from llama2_lora.training.cpu import cpu_platform as platform
@@ -47,8 +47,9 @@ def train(settings: Settings, shape, log: MLPerfLog) -> bool:
         platform = nullcontext
 
     with platform():
-        strategy = recipe.build_strategy(settings)
-        seed = shared_seed(settings, strategy)
+        store = rendezvous(settings)
+        seed = shared_seed(settings, store)
+        strategy = recipe.build_strategy(settings, seed, store)
         data = GovReport(settings, seed, shape.vocab)
         lora = recipe.build_lora(settings, seed)
         model = recipe.build_model(settings, shape, lora, recipe.build_optimizer(settings), data.validation_rows)

@@ -26,8 +26,6 @@ LIBRARY_VARIABLES = {
     "PYTORCH_CUDA_ALLOC_CONF": "torch",
     "NCCL_NVLS_ENABLE": "NCCL",
     "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "torch, nemo megatron_strategy.py",
-    "NVTE_FUSED_ATTN": "transformer_engine",
-    "NVTE_FLASH_ATTN": "transformer_engine",
 }
 
 VALID = {

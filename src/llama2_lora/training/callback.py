@@ -33,7 +33,7 @@ class MLPerfCallback(pl.Callback):
     """One run's log. Add it after the LoRA callback, which builds adapters and optimizer in the same hook."""
 
     def __init__(self, settings: Settings, log: MLPerfLog, seed: int) -> None:
-        self.settings, self.log, self.seed = settings, log, seed
+        self.settings, self.mlperf_log, self.seed = settings, log, seed  # Lightning sets a callback's `log`
         self.reached_target = False
         self.block_start_samples = 0
         self.block_start_time = self.eval_start_time = 0.0
@@ -42,15 +42,15 @@ class MLPerfCallback(pl.Callback):
         return self  # NeMo records its callbacks' arguments by copying them; there is one log
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.log.describe(submission_values(self.settings))
-        self.log.describe(built_values(trainer, pl_module, self.settings))
-        self.log.describe({constants.SEED: self.seed})
+        self.mlperf_log.describe(submission_values(self.settings))
+        self.mlperf_log.describe(built_values(trainer, pl_module, self.settings))
+        self.mlperf_log.describe({constants.SEED: self.seed})
         started = time.monotonic()
         warm_up(trainer, self.settings)
-        self.log.tracked({"warmup_time": time.monotonic() - started}, 0)
+        self.mlperf_log.tracked({"warmup_time": time.monotonic() - started}, 0)
         torch.distributed.barrier()
-        self.log.init_stop()
-        self.log.run_start()
+        self.mlperf_log.init_stop()
+        self.mlperf_log.run_start()
         self._start_block(0)
 
     def on_train_batch_end(
@@ -61,21 +61,21 @@ class MLPerfCallback(pl.Callback):
         loss = float(trainer.callback_metrics["reduced_train_loss"])
         self._refuse_non_finite("train loss", loss, step)
         if step % self.settings.performance.log_every_steps == 0:
-            self.log.train_loss(loss, trainer.optimizers[0].param_groups[0]["lr"], self._samples(trainer))
+            self.mlperf_log.train_loss(loss, trainer.optimizers[0].param_groups[0]["lr"], self._samples(trainer))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         samples = self._samples(trainer)
         self._stop_block(samples)
-        self.log.eval_start(samples)
+        self.mlperf_log.eval_start(samples)
         self.eval_start_time = time.monotonic()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         samples = self._samples(trainer)
         loss = float(trainer.callback_metrics["val_loss"])
         self._refuse_non_finite("evaluation loss", loss, trainer.global_step)
-        self.log.eval_accuracy(loss, samples)
-        self.log.tracked({"validation_time": time.monotonic() - self.eval_start_time}, samples)
-        self.log.eval_stop(samples)
+        self.mlperf_log.eval_accuracy(loss, samples)
+        self.mlperf_log.tracked({"validation_time": time.monotonic() - self.eval_start_time}, samples)
+        self.mlperf_log.eval_stop(samples)
         self.reached_target = loss <= self.settings.evaluation.target_loss
         if self.reached_target:
             trainer.should_stop = True
@@ -84,26 +84,26 @@ class MLPerfCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.reached_target:
-            self.log.run_stop(True, self._samples(trainer))
+            self.mlperf_log.run_stop(True, self._samples(trainer))
         else:
-            self.log.abort(self._samples(trainer))
+            self.mlperf_log.abort(self._samples(trainer))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.log.abort(self._samples(trainer))
+        self.mlperf_log.abort(self._samples(trainer))
 
     def _samples(self, trainer: pl.Trainer) -> int:
         return trainer.global_step * self.settings.global_batch_size
 
     def _start_block(self, samples: int) -> None:
         self.block_start_samples, self.block_start_time = samples, time.monotonic()
-        self.log.block_start(samples)
+        self.mlperf_log.block_start(samples)
 
     def _stop_block(self, samples: int) -> None:
         seconds = time.monotonic() - self.block_start_time
         sequences = samples - self.block_start_samples
         steps = sequences / self.settings.global_batch_size
-        self.log.tracked({"throughput": sequences / seconds, "train_step_time": seconds / steps}, samples)
-        self.log.block_stop(self.block_start_samples)
+        self.mlperf_log.tracked({"throughput": sequences / seconds, "train_step_time": seconds / steps}, samples)
+        self.mlperf_log.block_stop(self.block_start_samples)
 
     def _refuse_non_finite(self, what: str, value: float, step: int) -> None:
         if not math.isfinite(value):
@@ -121,8 +121,8 @@ def built_values(trainer: pl.Trainer, model: pl.LightningModule, settings: Setti
         constants.OPT_GRADIENT_CLIP_NORM: config.clip_grad,
         constants.OPT_LR_WARMUP_FACTOR: schedule.warmup_steps / schedule.max_steps,
         constants.OPT_LR_TRAINING_STEPS: schedule.max_steps,
-        constants.LORA_RANK: lora.dim,
-        constants.LORA_ALPHA: lora.alpha,
+        "lora_rank": lora.dim,
+        "lora_alpha": lora.alpha,
         constants.GLOBAL_BATCH_SIZE: get_current_global_batch_size(),
         constants.GRADIENT_ACCUMULATION_STEPS: get_num_microbatches(),
         constants.TRAIN_SAMPLES: trainer.datamodule.train_rows,

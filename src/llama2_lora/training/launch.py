@@ -9,9 +9,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-import lightning.pytorch as pl
 import torch
-from nemo.lightning import MegatronStrategy
 
 from llama2_lora.checkpoint import write_adapter
 from llama2_lora.llama2 import LlamaShape
@@ -21,20 +19,18 @@ from llama2_lora.training.lora import gather_adapter
 RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 
 
-def shared_seed(settings: Settings, strategy: MegatronStrategy) -> int:
-    """SEED, or a number that rank 0 takes from /dev/urandom (rules §5.1); seeds every generator of this process.
+def rendezvous(settings: Settings) -> torch.distributed.Store:
+    """The store at which all ranks meet, before there is a process group. Raises where one does not come."""
+    world_size = settings.system.world_size or 1
+    store, _, _ = next(torch.distributed.rendezvous("env://", settings.system.rank, world_size, timeout=RENDEZVOUS_TIMEOUT))
+    return store
 
-    The ranks agree over the store of the rendezvous, which the strategy then uses for the process group: the seed is
-    needed before that exists.
-    """
-    rank = settings.system.rank
-    store, _, _ = next(
-        torch.distributed.rendezvous("env://", rank, settings.system.world_size or 1, timeout=RENDEZVOUS_TIMEOUT)
-    )
-    if rank == 0:
+
+def shared_seed(settings: Settings, store: torch.distributed.Store) -> int:
+    """SEED, or a number that rank 0 takes from /dev/urandom (rules §5.1); the same on every rank."""
+    if settings.system.rank == 0:
         store.set("seed", str(secrets.randbelow(INT32) if settings.run.seed is None else settings.run.seed))
-    strategy.store = store
-    return pl.seed_everything(int(store.get("seed")), verbose=False)
+    return int(store.get("seed"))
 
 
 @contextmanager

@@ -89,5 +89,5 @@ def _unshard(weight: torch.Tensor) -> torch.Tensor:
 def _kaiming_uniform(seed: int, name: str, shape: list[int]) -> torch.Tensor:
     """U(-1/sqrt(in), 1/sqrt(in)): Kaiming uniform with a = sqrt(5), as LoRA's reference code starts A."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-    return torch.empty(shape).uniform_(-1.0, 1.0, generator=generator) / shape[1] ** 0.5
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little"))
+    return torch.empty(shape, device="cpu").uniform_(-1.0, 1.0, generator=generator) / shape[1] ** 0.5

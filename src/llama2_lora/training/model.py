@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
-from nemo.collections.llm.gpt.model.llama import LlamaModel
+from nemo.collections.llm.gpt.model.llama import LlamaConfig, LlamaModel
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 
 
@@ -53,8 +53,9 @@ class RowMeanLoss(MegatronLossReduction):
 class LoraLlama(LlamaModel):
     """LlamaModel that knows how many rows a training step and an evaluation have."""
 
-    def __init__(self, *args: Any, train_rows: int, validation_rows: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    # `config` and `optim` by name: NeMo records arguments and MegatronCommOverlapCallback asks the record for them.
+    def __init__(self, config: LlamaConfig, optim: Any, model_transform: Any, train_rows: int, validation_rows: int) -> None:
+        super().__init__(config, optim=optim, model_transform=model_transform)
         self.train_loss, self.validation_loss = RowMeanLoss(train_rows), RowMeanLoss(validation_rows)
 
     @property

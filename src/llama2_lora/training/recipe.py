@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loops import _TrainingEpochLoop
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.enums import AttnBackend
 from nemo.collections.llm.gpt.model.llama import Llama2Config70B, LlamaConfig
 from nemo.collections.llm.recipes.tp_overlap_configs import userbuffers
 from nemo.lightning import MegatronStrategy
@@ -43,6 +47,10 @@ def build_config(settings: Settings, shape: LlamaShape) -> LlamaConfig:
         from llama2_lora.training.cpu import CPU_MODEL_OPTIONS, cpu_layer_spec
 
         options |= CPU_MODEL_OPTIONS | {"transformer_layer_spec": cpu_layer_spec}
+    else:
+        # cuDNN's attention is the only one with FP8, and ruling out the others makes a silent fall-back an error.
+        # Megatron refuses NVTE_FLASH_ATTN and friends from the environment: this field sets them.
+        options["attention_backend"] = AttnBackend.fused
     if shape == LLAMA2_70B:
         return Llama2Config70B(**options)
     return LlamaConfig(
@@ -84,13 +92,7 @@ def build_optimizer(settings: Settings) -> MegatronOptimizerModule:
 def build_model(
     settings: Settings, shape: LlamaShape, lora: SeededLoRA, optimizer: MegatronOptimizerModule, validation_rows: int
 ) -> LoraLlama:
-    return LoraLlama(
-        build_config(settings, shape),
-        optim=optimizer,
-        model_transform=lora,
-        train_rows=settings.global_batch_size,
-        validation_rows=validation_rows,
-    )
+    return LoraLlama(build_config(settings, shape), optimizer, lora, settings.global_batch_size, validation_rows)
 
 
 def build_precision(settings: Settings) -> MegatronMixedPrecision:
@@ -112,9 +114,28 @@ def build_precision(settings: Settings) -> MegatronMixedPrecision:
     )
 
 
-def build_strategy(settings: Settings) -> MegatronStrategy:
+class SeededStrategy(MegatronStrategy):
+    """MegatronStrategy whose generators start from the run's seed.
+
+    NeMo 2.7.3 starts them from 1234 in every run (megatron_init.py): all runs would draw the same dropout masks. Ranks of
+    one tensor-parallel group share theirs, since they may hold the same activations; all others differ.
+    """
+
+    def __init__(self, seed: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.seed = seed
+
+    def setup_distributed(self) -> None:
+        super().setup_distributed()
+        rank = torch.distributed.get_rank() // self.tensor_model_parallel_size
+        model_parallel_cuda_manual_seed(self.seed + rank, force_reset_rng=True)
+
+
+def build_strategy(settings: Settings, seed: int, store: torch.distributed.Store | None = None) -> SeededStrategy:
+    """`store` is the rendezvous that the ranks have already met at, if they have."""
     p = settings.parallel
-    return MegatronStrategy(
+    strategy = SeededStrategy(
+        seed,
         tensor_model_parallel_size=p.tp,
         pipeline_model_parallel_size=p.pp,
         context_parallel_size=p.cp,
@@ -122,9 +143,12 @@ def build_strategy(settings: Settings) -> MegatronStrategy:
         cluster_environment=TorchElasticEnvironment(),  # RANK and friends, whoever launched us (run_and_time.sh)
         ddp=DistributedDataParallelConfig(use_distributed_optimizer=True, check_for_nan_in_grad=False),
         restore_config=RestoreConfig(path=settings.run.checkpoint_path, load_artifacts=False),
+        use_gloo_process_groups=False,  # only saving optimizer state needs them, and they cost init time per rank
         ckpt_async_save=False,
         replace_progress_bar=False,
     )
+    strategy.store = store
+    return strategy
 
 
 def build_overlap(settings: Settings) -> MegatronCommOverlapCallback:
@@ -135,7 +159,12 @@ def build_overlap(settings: Settings) -> MegatronCommOverlapCallback:
         if precision.fp8
         else userbuffers.userbuffers_bf16_h100_h8192_tp4_mbs1_seqlen8192
     )
-    return MegatronCommOverlapCallback(tp_comm_overlap=True, tp_comm_overlap_cfg=buffers)
+    return MegatronCommOverlapCallback(
+        tp_comm_overlap=True,
+        tp_comm_overlap_cfg=buffers,
+        overlap_grad_reduce=False,  # the adapter's gradients are 90 MB a step: there is nothing to hide
+        overlap_param_gather=False,
+    )
 
 
 class EvaluateAtSteps(_TrainingEpochLoop):
@@ -161,7 +190,6 @@ def build_trainer(settings: Settings, strategy: MegatronStrategy, callbacks: lis
         plugins=[build_precision(settings)],
         max_epochs=1,
         max_steps=settings.optimization.max_steps,
-        limit_val_batches=1,  # data.Sampler: one step evaluates all rows
         callbacks=callbacks,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
