@@ -156,7 +156,7 @@ def _write_torch_dist(weights: Path, source: HFModel, progress: Callable[[int], 
             del data
         progress(chunk_bytes(source, chunk))
     states = extra_states(source.shape)
-    state = _torch_bytes(None)
+    state = _torch_bytes([None])  # this format keeps a list of the objects under a key
     with _appearing(weights / "__0_states.distcp") as file:
         file.write(state * len(states))
     _write_index(weights, source.shape, dtype, len(state))
