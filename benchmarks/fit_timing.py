@@ -20,11 +20,10 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from llama2_lora.accelerators import ACCELERATORS  # noqa: E402
-from llama2_lora.timing import Constants, Work, eval_seconds, step_seconds  # noqa: E402
+from llama2_lora.accelerators import ACCELERATORS
+from llama2_lora.timing import Constants, Work, eval_seconds, step_seconds
 
 FAMILIES = ("Hopper", "Blackwell", "MI300X", "MI325X")
 FIT_ON = ("NVIDIA", "Dell", "AMD")
@@ -32,7 +31,7 @@ START = [0.5, 0.5, 0.4, 0.4, 0.5, 1e-4, 0.01]
 
 
 def read_rows() -> list[dict[str, str]]:
-    with (ROOT / "benchmarks" / "published_results.csv").open(newline="") as file:
+    with Path(__file__).with_name("published_results.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 

@@ -40,7 +40,7 @@ ACCELERATORS = {a.name: a for a in (
     Accelerator("B200", 180, 183_359, 7.7, 2250, 4500, 9000, 900, 8, "Blackwell", False),
     Accelerator("B300", 288, 275_040, 7.7, 2250, 4500, 13_500, 900, 8, "Blackwell", False),
     Accelerator("GB200", 192, 189_471, 8.0, 2500, 5000, 10_000, 900, 72, "Blackwell", False),
-    Accelerator("GB300", 288, 275_040, 8.0, 2500, 5000, 15_000, 900, 72, "Blackwell", False),
+    Accelerator("GB300", 288, 284_208, 8.0, 2500, 5000, 15_000, 900, 72, "Blackwell", False),
     Accelerator("MI300X", 192, 196_592, 5.3, 1307, 2615, None, 64, 8, "MI300X", True),
     Accelerator("MI325X", 256, 262_128, 6.0, 1307, 2615, None, 64, 8, "MI325X", True),
     Accelerator("MI355X", 288, 294_896, 8.0, 2517, 5033, 10_066, 77, 8, "MI355X", True),
