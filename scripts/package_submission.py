@@ -15,7 +15,7 @@ import argparse
 import contextlib
 import io
 import json
-import logging
+import logging.handlers
 import re
 import shutil
 import subprocess
@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from llama2_lora import benchmark
 from llama2_lora.checks import judge
-from llama2_lora.results import CONFIG_KEYS, Run, Summary
+from llama2_lora.results import CONFIG_KEYS, Summary
+from llama2_lora.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPLEMENTATION = "nemo"
@@ -173,8 +174,10 @@ def code_problems(summary: Summary) -> Iterator[str]:
     for path in files:
         if " " in str(path):
             yield f"{path}: a file name with a space (repo_checker)"
-    for config in sorted({str(c) for run in summary.runs if (c := run.values.get("config_filename"))}):
-        if files and Path(config) not in files:
+    for config in sorted({str(run.values.get("config_filename", "")) for run in summary.runs}):
+        if not config:
+            yield "config_filename is not in the logs: were they made by this code? (S 5.10)"
+        elif files and Path(config) not in files:
             yield f"{config}: the runs' config is not in this code; replication needs it (S 5.10)"
 
 
@@ -214,7 +217,7 @@ def build(target: Path, summary: Summary, system_id: str, system: dict[str, Any]
 def write_instructions(folder: Path, name: str, summary: Summary) -> None:
     """What S "Directory structure" asks for beside the code: metadata, README.md and three scripts."""
     config = summary.results[0].config
-    source = config.get("config_filename", "config_<system>.sh")
+    source = config["config_filename"]
     code = f'cd "$(dirname "$0")/../{IMPLEMENTATION}"'
     _write(folder / f"{name}_{IMPLEMENTATION}.json", json.dumps(config, indent=2) + "\n")
     readme = f"# {benchmark.NAME} on {name}\n\nRun setup.sh, init_datasets.sh and run_and_time.sh, in this order.\n"
@@ -262,15 +265,13 @@ def official_objections(folder: Path, ruleset: str) -> list[str]:
 @contextlib.contextmanager
 def captured_log() -> Iterator[list[logging.LogRecord]]:
     """The checkers speak through the root logger, print and warn; keep what they say off the screen."""
-    records: list[logging.LogRecord] = []
-    handler, root = logging.Handler(), logging.getLogger()
-    handler.addFilter(lambda record: records.append(record))  # append returns None: nothing is emitted
+    handler, root = logging.handlers.BufferingHandler(sys.maxsize), logging.getLogger()
     before, level = root.handlers[:], root.level
     root.handlers[:], root.level = [handler], logging.INFO
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield records
+            yield handler.buffer
     finally:
         root.handlers[:], root.level = before, level
 

@@ -35,7 +35,8 @@ from llama2_lora.report import (
     score_line,
     verdict_line,
 )
-from llama2_lora.results import Finding, Result, Summary, figures
+from llama2_lora.results import Result, Summary
+from llama2_lora.run import Finding, figures
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 PIPE_WIDTH = 150  # columns where the output is no terminal

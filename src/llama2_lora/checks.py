@@ -13,18 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from llama2_lora import benchmark, schedule
-from llama2_lora.results import (
-    EnvelopeRow,
-    Finding,
-    Result,
-    Run,
-    Summary,
-    envelope,
-    group,
-    official_score,
-    read_runs,
-    samples_count,
-)
+from llama2_lora.published import EnvelopeRow, envelope
+from llama2_lora.results import Result, Summary, group, official_score, read_runs
+from llama2_lora.run import Finding, Run, samples_count
 from llama2_lora.runlog import compliance_messages
 
 FIXED = {  # key -> (value, section)

@@ -6,7 +6,9 @@ from html import escape
 from typing import Any
 
 from llama2_lora.charts import loss_chart, throughput_chart, time_chart
-from llama2_lora.results import Finding, Result, Summary, envelope, figures
+from llama2_lora.published import envelope
+from llama2_lora.results import Result, Summary
+from llama2_lora.run import Finding, figures
 
 COLUMNS = {  # heading -> figure, format
     "run": ("run", "{}"),

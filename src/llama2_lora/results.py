@@ -1,258 +1,27 @@
-"""Logs -> runs -> results: when, how fast and whether each run converged, and the score of ten.
-
-A run is one log file. A result is the runs of one folder with one config. Times come from the log's own clock.
-"""
+"""Folders of logs -> results: the runs of one folder with one config, and their score."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import json
 import re
-import statistics
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
-from importlib import resources
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from llama2_lora import benchmark
-from llama2_lora.runlog import Event, RunLog, quiet_mlperf, read_log
+from llama2_lora.run import PEAK_TFLOPS, Finding, Run, System, figures
+from llama2_lora.runlog import cached_rules, quiet_mlperf, read_log
 
-MODEL_TFLOP_PER_SEQUENCE = 2598  # forward and backward of 8,192 tokens with LoRA on the 70B; NVIDIA's figure
-# Dense bf16 peak of one accelerator, TFLOP/s; makers' data sheets. MFU is against this also where FP8 or FP4 ran.
-PEAK_TFLOPS = {
-    "H100": 989,
-    "H200": 989,
-    "B200": 2250,
-    "B300": 2250,
-    "GB200": 2450,
-    "GB300": 2450,
-    "MI300X": 1307,
-    "MI325X": 1307,
-    "MI355X": 2516,
-}
 CONFIG_KEYS = (
     *("submission_platform", "submission_org", "submission_division", "global_batch_size", "gradient_accumulation_steps"),
     *("opt_base_learning_rate", "opt_learning_rate_training_steps", "opt_learning_rate_warmup_factor"),
     *("opt_adamw_weight_decay", "opt_gradient_clip_norm", "lora_rank", "lora_alpha", "config_filename"),
     *("micro_batch_size", "tensor_parallelism", "pipeline_parallelism", "context_parallelism"),
 )
-
-
-@dataclass(frozen=True)
-class System:
-    """What is known of the machine, from files beside the log or the log itself."""
-
-    accelerator: str = ""  # key of PEAK_TFLOPS, or empty
-    nodes: int | None = None
-    per_node: int | None = None
-
-    @property
-    def accelerators(self) -> int | None:
-        return self.nodes * self.per_node if self.nodes and self.per_node else None
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something to say of a run or a result. An error breaks a rule; a warning should be looked at; a note explains."""
-
-    level: str  # error, warning or note
-    code: str  # stable name of the check
-    text: str
-    where: str = ""  # file, with line where there is one
-
-
-@dataclass
-class Run:
-    """One log file's figures. Times in seconds unless the name says otherwise; None: the log does not tell."""
-
-    log: RunLog
-    system: System = field(default_factory=System)
-    findings: list[Finding] = field(default_factory=list)
-    compliance: list[str] = field(default_factory=list)  # the official checker's messages; empty: passed
-
-    @property
-    def path(self) -> Path:
-        return self.log.path
-
-    @cached_property
-    def values(self) -> dict[str, Any]:
-        """First value of every key."""
-        first: dict[str, Any] = {}
-        for event in self.log.events:
-            first.setdefault(event.key, event.value)
-        return first
-
-    def events(self, key: str) -> Iterator[Event]:
-        return (event for event in self.log.events if event.key == key)
-
-    def first(self, key: str) -> Event | None:
-        return next(self.events(key), None)
-
-    @property
-    def gbs(self) -> int | None:
-        """Global batch size, sequences."""
-        value = self.values.get("global_batch_size")
-        return value if isinstance(value, int) and value > 0 else None
-
-    @property
-    def seed(self) -> Any:
-        return self.values.get("seed")
-
-    @property
-    def rehearsal(self) -> bool:
-        """A run on a CPU with a small model: it is judged, but not against the 70B's figures."""
-        return str(self.values.get("submission_platform", "")).startswith("CPU rehearsal")
-
-    @cached_property
-    def evaluations(self) -> list[tuple[int, float]]:
-        """(training sequences so far, evaluation loss in nats)"""
-        points = ((samples_count(e), number(e.value)) for e in self.events("eval_accuracy"))
-        return [(s, loss) for s, loss in points if s is not None and loss is not None]
-
-    @cached_property
-    def train_losses(self) -> list[tuple[int, float]]:
-        points = ((samples_count(e), number(e.value)) for e in self.events("train_loss"))
-        return [(s, loss) for s, loss in points if s is not None and loss is not None]
-
-    @property
-    def sequences_to_converge(self) -> int | None:
-        return next((s for s, loss in self.evaluations if 0 < loss <= benchmark.TARGET_LOSS), None)
-
-    @property
-    def reported_status(self) -> str | None:
-        stop = self.first("run_stop")
-        return str(stop.metadata.get("status")) if stop else None
-
-    @property
-    def status(self) -> str:
-        if self.first("run_start") is None:
-            return "never started"
-        if self.first("run_stop") is None:
-            return "unfinished"
-        return "converged" if self.sequences_to_converge and self.reported_status == "success" else "not converged"
-
-    @property
-    def converged(self) -> bool:
-        return self.status == "converged"
-
-    @property
-    def complied(self) -> bool:
-        """The official checker and ours found no broken rule."""
-        return not self.compliance and not any(f.level == "error" for f in self.findings)
-
-    @property
-    def train_minutes(self) -> float | None:
-        """Time to train: what is scored."""
-        return _minutes(self._between("run_start", "run_stop"))
-
-    @property
-    def init_minutes(self) -> float | None:
-        return _minutes(self._between("init_start", "init_stop"))
-
-    @cached_property
-    def eval_seconds(self) -> float:
-        return sum(stop.time_ms - start.time_ms for start, stop, _ in self._intervals("eval")) / 1e3
-
-    @cached_property
-    def blocks(self) -> list[tuple[float, float, int]]:
-        """Training between evaluations: (seconds since run_start at its end, duration, sequences trained)."""
-        start = self.first("run_start")
-        origin = start.time_ms / 1e3 if start else 0.0
-        found = []
-        for opened, closed, rest in self._intervals("block"):
-            before = samples_count(opened) or 0
-            # block_stop repeats its start's count in some logs and has its own in others: the next event has the new one
-            after = next((s for e in rest if e.key in _AFTER_BLOCK and (s := samples_count(e)) is not None), before)
-            seconds = (closed.time_ms - opened.time_ms) / 1e3
-            if seconds > 0 and after > before:
-                found.append((closed.time_ms / 1e3 - origin, seconds, after - before))
-        return found
-
-    @cached_property
-    def samples_per_second(self) -> float | None:
-        """Training throughput, sequences/s, evaluation left out."""
-        seconds = sum(duration for _, duration, _ in self.blocks)
-        return sum(count for *_, count in self.blocks) / seconds if seconds else None
-
-    @property
-    def step_seconds(self) -> float | None:
-        return self.gbs / self.samples_per_second if self.gbs and self.samples_per_second else None
-
-    @property
-    def eval_share(self) -> float | None:
-        return self.eval_seconds / (self.train_minutes * 60) if self.train_minutes else None
-
-    def mfu(self, peak_tflops: float | None = None) -> float | None:
-        """Model FLOP utilization of training against the dense bf16 peak, a share; `peak_tflops`: per accelerator."""
-        peak = peak_tflops or PEAK_TFLOPS.get(self.system.accelerator)
-        if self.rehearsal or not (peak and self.system.accelerators and self.samples_per_second):
-            return None
-        return self.samples_per_second * MODEL_TFLOP_PER_SEQUENCE / (self.system.accelerators * peak)
-
-    def published_difference(self) -> float | None:
-        """Mean over evaluations of loss minus the published median, nats; None without an envelope."""
-        medians = {row.sequences: row.median for row in envelope(self.gbs)}
-        differences = [loss - medians[s] for s, loss in self.evaluations if s in medians]
-        return None if self.rehearsal or not differences else statistics.fmean(differences)
-
-    def _between(self, start: str, stop: str) -> float | None:
-        a, b = self.first(start), self.first(stop)
-        return (b.time_ms - a.time_ms) / 1e3 if a and b else None
-
-    def _intervals(self, kind: str) -> Iterator[tuple[Event, Event, Iterator[Event]]]:
-        """Each `kind`_start with the next `kind`_stop, and what follows it."""
-        opened: Event | None = None
-        for index, event in enumerate(self.log.events):
-            if event.key == f"{kind}_start":
-                opened = event
-            elif event.key == f"{kind}_stop" and opened:
-                yield opened, event, islice(self.log.events, index + 1, None)
-                opened = None
-
-
-_AFTER_BLOCK = ("eval_start", "eval_accuracy", "block_start", "run_stop")
-
-
-def samples_count(event: Event) -> int | None:
-    count = event.metadata.get("samples_count")
-    return int(count) if isinstance(count, (int, float)) else None
-
-
-def number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _minutes(seconds: float | None) -> float | None:
-    return None if seconds is None else seconds / 60
-
-
-def figures(run: Run, peak_tflops: float | None = None) -> dict[str, Any]:
-    """A run's row in every output."""
-    return {
-        "run": run.path.name,
-        "status": run.status,
-        "complied": run.complied,
-        "compliance": "passed" if not run.compliance else "failed",
-        "train_minutes": run.train_minutes,
-        "evaluations": len(run.evaluations),
-        "final_loss": run.evaluations[-1][1] if run.evaluations else None,
-        "sequences_to_converge": run.sequences_to_converge,
-        "samples_per_second": run.samples_per_second,
-        "step_seconds": run.step_seconds,
-        "mfu": run.mfu(peak_tflops),
-        "eval_share": run.eval_share,
-        "init_minutes": run.init_minutes,
-        "seed": run.seed,
-        "loss_minus_published_median": run.published_difference(),
-        "accelerator": run.system.accelerator or None,
-        "accelerators": run.system.accelerators,
-    }
 
 
 @dataclass
@@ -272,7 +41,8 @@ class Result:
     """Runs of one folder with one config."""
 
     name: str
-    runs: list[Run]
+    runs: list[Run] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     score: Score = field(default_factory=Score)
 
@@ -280,14 +50,13 @@ class Result:
     def ok(self) -> bool:
         return all(run.complied and run.converged for run in self.runs) and not any(f.level == "error" for f in self.findings)
 
-    @property
-    def config(self) -> dict[str, Any]:
-        merged: dict[str, Any] = {}
-        for run in self.runs:
-            for key in CONFIG_KEYS:
-                if key in run.values:
-                    merged.setdefault(key, run.values[key])
-        return merged
+    def fits(self, run: Run) -> bool:
+        """True where the run's config is this one's. A value that a damaged log lacks fits any."""
+        return all(run.values.get(key, value) == value for key, value in self.config.items())
+
+    def add(self, run: Run) -> None:
+        self.runs.append(run)
+        self.config = {key: run.values[key] for key in CONFIG_KEYS if key in run.values} | self.config
 
 
 @dataclass
@@ -406,57 +175,17 @@ def _accelerator(text: str) -> str:
 
 
 def group(runs: Iterable[Run], root: Path) -> list[Result]:
-    """Runs by folder and config. A value that a damaged log lacks fits any config."""
+    """Runs by folder and config."""
     results: list[Result] = []
     for run in runs:
         relative = run.path.parent.relative_to(root) if root.is_dir() else Path()
         name = root.resolve().name if relative == Path() else str(relative)
-        fitting = (r for r in results if r.name == name and _fits(run, r))
-        result = next(fitting, None)
+        result = next((r for r in results if r.name == name and r.fits(run)), None)
         if result is None:
-            result = Result(name, [])
+            result = Result(name)
             results.append(result)
-        result.runs.append(run)
+        result.add(run)
     return results
-
-
-def _fits(run: Run, result: Result) -> bool:
-    config = result.config
-    return all(run.values[key] == config[key] for key in CONFIG_KEYS if key in run.values and key in config)
-
-
-# ---- Published runs --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EnvelopeRow:
-    """Evaluation loss of published runs with one GBS after `sequences` training sequences, nats."""
-
-    gbs: int
-    sequences: int
-    runs: int
-    p05: float
-    median: float
-    p95: float
-    share_converged: float
-
-
-def envelope(gbs: int | None) -> list[EnvelopeRow]:
-    """Published convergence for a GBS; empty where none was published."""
-    return [row for row in _all_envelopes() if row.gbs == gbs]
-
-
-_envelopes: list[EnvelopeRow] = []
-
-
-def _all_envelopes() -> list[EnvelopeRow]:
-    if not _envelopes:
-        text = (resources.files("llama2_lora") / "data" / "envelope.csv").read_text()
-        for row in csv.DictReader(io.StringIO("".join(x for x in text.splitlines(True) if not x.startswith("#")))):
-            whole = (int(row[name]) for name in ("gbs", "sequences", "runs"))
-            shares = (float(row[name]) for name in ("p05", "median", "p95", "share_converged"))
-            _envelopes.append(EnvelopeRow(*whole, *shares))
-    return _envelopes
 
 
 # ---- Score -----------------------------------------------------------------------------------------------------------
@@ -473,7 +202,8 @@ def official_score(result: Result, ruleset: str) -> Score:
     from mlperf_logging.result_summarizer import result_summarizer
 
     closed = result.config.get("submission_division") == "closed"
-    with tempfile.TemporaryDirectory() as folder, quiet_mlperf(), contextlib.redirect_stdout(io.StringIO()) as said:
+    said = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, quiet_mlperf(), cached_rules(), contextlib.redirect_stdout(said):
         for index, run in enumerate(result.runs):
             Path(folder, f"result_{index}.txt").write_text(_needed_lines(run))
         passed, message = None, "open division: not checked"

@@ -112,7 +112,7 @@ def compliance_messages(log: RunLog, ruleset: str) -> list[str]:
     checker = mlp_compliance.make_checker("training", ruleset, True, False)
     if log.damaged:
         checker.put_message("Log lines had parsing errors.")
-    with _cached_rules(), quiet_mlperf():
+    with cached_rules(), quiet_mlperf():
         checker.check_loglines(lines, f"training_{ruleset}/common.yaml")
     return [*checker.overwritable.values(), *checker.not_overwritable]
 
@@ -133,7 +133,8 @@ class _CachedYAML:
 
 
 @contextlib.contextmanager
-def _cached_rules() -> Iterator[None]:
+def cached_rules() -> Iterator[None]:
+    """The compliance checker reads each rule file once: parsing them takes most of its time."""
     original, mlp_compliance.yaml = mlp_compliance.yaml, _CachedYAML
     try:
         yield
