@@ -38,10 +38,9 @@ class Node:
 
 def write_context(folder: Path, source: HFModel, provenance: dict[str, Any]) -> None:
     """Write the context of a checkpoint made from `source`; provenance is kept in io.json."""
-    tokenizer = folder / TOKENIZER
-    tokenizer.mkdir(parents=True)
+    (folder / TOKENIZER).mkdir(parents=True)
     for file in source.tokenizer_files:
-        shutil.copyfile(file, tokenizer / file.name)
+        shutil.copyfile(file, folder / TOKENIZER / file.name)
     model = _model(source)
     strategy = Node(
         Name("nemo.lightning.pytorch.strategies.megatron_strategy", "MegatronStrategy"), {"ckpt_save_optimizer": False}
@@ -53,8 +52,8 @@ def write_context(folder: Path, source: HFModel, provenance: dict[str, Any]) -> 
         Name("nemo.lightning.io.pl", "TrainerContext"),
         {"model": model, "trainer": trainer, "extra": {"source": json.dumps(provenance)}},
     )
-    (folder / "io.json").write_text(json.dumps(_FiddleJSON().document(root)))
     (folder / "model.yaml").write_text(yaml.safe_dump(_plain(model)))
+    (folder / "io.json").write_text(json.dumps(_FiddleJSON().document(root)))  # last: with it the context is complete
 
 
 def read_provenance(folder: Path) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,8 +41,10 @@ class Tensor(NamedTuple):
 class HFModel:
     """Configuration, tokenizer and weights of a Llama in a local folder. Opening it checks names, shapes and sizes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str | None = None) -> None:
+        """name: what the user calls this model, by default the folder."""
         self.folder = Path(folder)
+        self.name = name or str(self.folder.resolve())
         self.config = _read_json(self.folder / "config.json")
         self.shape = LlamaShape.from_hf_config(self.config)
         self.tokenizer_files = [path for name in TOKENIZER_FILES if (path := self.folder / name).is_file()]
@@ -70,10 +72,20 @@ class HFModel:
                 left -= len(piece)
                 yield piece
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What tells this source from another or changed one."""
+    def read_all(self, blocks: Iterable[Block]) -> Iterator[bytes]:
+        """The bytes of several blocks, one behind the other."""
+        return (piece for block in blocks for piece in self.read(block))
+
+    def weight_bytes(self) -> int:
+        return self.shape.parameters() * DTYPE_BYTES[self.dtype]
+
+    def fingerprint(self) -> dict[str, list[Any]]:
+        """Size and age of every file (or its hash, which names it in the hub's cache): another one is another source."""
         files = [self.folder / "config.json", *self.tokenizer_files, *self.files]
-        return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+        return {
+            file.name: [file.stat().st_size, file.resolve().name if file.is_symlink() else file.stat().st_mtime_ns]
+            for file in files
+        }
 
     def _check(self) -> str:
         """The one dtype of all weights. ValueError names tensors that are missing, too many, or of another shape."""
@@ -139,7 +151,10 @@ def _list_safetensors(path: Path) -> dict[str, Tensor]:
 def _load_bin(path: Path) -> dict[str, Any]:
     import torch
 
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # of many types: RuntimeError, UnpicklingError, EOFError...
+        raise ValueError(f"{path} is damaged or no torch file ({type(error).__name__}): fetch it again") from None
 
 
 def _list_bin(path: Path) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ Linear weights are [out, in] on both sides. Both sides rotate the halves of a he
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -136,17 +137,21 @@ class Stack(NamedTuple):
     chunk: tuple[int, ...]
     stacked: bool
 
+    @property
+    def chunk_elements(self) -> int:
+        return math.prod(self.chunk)
+
 
 class Chunk(NamedTuple):
     """One piece of a Stack: its place in the grid of pieces, and the blocks that it is made of, one below the other."""
 
     stack: Stack
-    index: tuple[int, ...]
+    place: tuple[int, ...]
     blocks: list[Block]
 
     @property
     def offset(self) -> tuple[int, ...]:
-        return tuple(i * size for i, size in zip(self.index, self.stack.chunk, strict=True))
+        return tuple(i * size for i, size in zip(self.place, self.stack.chunk, strict=True))
 
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -216,8 +221,8 @@ def chunks(shape: LlamaShape) -> Iterator[Chunk]:
             found = blocks(shape, stack.name, layer)
             each = len(found) // pieces
             for piece in range(pieces):
-                index = (*(() if layer is None else (layer,)), piece, *(0,) * (len(stack.shape) - first - 1))
-                yield Chunk(stack, index, found[piece * each : (piece + 1) * each])
+                place = (*(() if layer is None else (layer,)), piece, *(0,) * (len(stack.shape) - first - 1))
+                yield Chunk(stack, place, found[piece * each : (piece + 1) * each])
 
 
 def hf_tensors(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
