@@ -29,6 +29,7 @@ def describe_build(folder: Path) -> dict:
     """Build everything that train.py builds from the environment; return what the tests look at."""
     import torch
     from fake_cuda import fake_h100
+    from lightning.pytorch.trainer.states import TrainerFn
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from llama2_lora.llama2 import LLAMA2_70B
@@ -46,6 +47,7 @@ def describe_build(folder: Path) -> dict:
         model = recipe.build_model(settings, LLAMA2_70B, lora, recipe.build_optimizer(settings), validation_rows=173)
         trainer = recipe.build_trainer(settings, strategy, [lora])
         model.trainer = trainer
+        trainer.state.fn = TrainerFn.FITTING
         strategy.connect(model)
         strategy.setup_environment()
         for callback in trainer.callbacks:
@@ -98,7 +100,7 @@ def cuda_home() -> dict[str, str]:
         return {"CUDA_HOME": os.environ["CUDA_HOME"]}
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(path, "cu13") for path in (spec.submodule_search_locations or [])] if spec else []
-    return {"CUDA_HOME": str(folder) for folder in folders if folder.is_dir()}
+    return {"CUDA_HOME": str(next(filter(Path.is_dir, folders)))} if folders else {}
 
 
 def test_the_model_is_llama2_70b_with_lora_on_two_layers(built: dict) -> None:
