@@ -177,7 +177,7 @@ def _seeds(result: Result) -> Iterator[Finding]:
     seen: dict[str, Run] = {}
     for run in result.runs:
         if run.seed is None:
-            continue  # the official checker asks for one
-        if (other := seen.setdefault(str(run.seed), run)) is not run:
+            yield Finding("error", "no seed", "no seed is logged (§5.1)", str(run.path))
+        elif (other := seen.setdefault(str(run.seed), run)) is not run:
             text = f"seed {run.seed} is also {other.path.name}'s: no two runs may share a seed (§5.1)"
             yield Finding("error", "duplicate seed", text, str(run.path))

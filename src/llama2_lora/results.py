@@ -157,12 +157,12 @@ def find_system(run: Run) -> System:
         with contextlib.suppress(KeyError, ValueError):
             accelerator = _accelerator(values.get("ACCELERATOR", ""))
             return System(accelerator, int(values["DGXNNODES"]), int(values["DGXNGPU"]))
-    for parent in run.path.parents[1:3]:  # systems/<name>.json beside results/<name>/llama2_70b_lora/result_0.txt
-        file = parent.parent / "systems" / f"{parent.name}.json"
-        if file.is_file():
-            with contextlib.suppress(ValueError):
-                described = json.loads(file.read_text(errors="replace"))
-    with contextlib.suppress(KeyError, ValueError, TypeError):
+    folder = run.path.absolute().parent.parent  # <tree>/results/<system>, of .../<system>/llama2_70b_lora/result_0.txt
+    file = folder.parent.parent / "systems" / f"{folder.name}.json"
+    if file.is_file():
+        with contextlib.suppress(ValueError):
+            described = json.loads(file.read_text(errors="replace"))
+    with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError):
         accelerator = _accelerator(str(described.get("accelerator_model_name", "")))
         return System(accelerator, int(described["number_of_nodes"]), int(described["accelerators_per_node"]))
     name = str(run.values.get("config_filename", ""))
@@ -198,16 +198,22 @@ def official_score(result: Result, ruleset: str) -> Score:
         return Score(reason=f"score: needs {needed} runs of the 70B model; a rehearsal has none")
     if count != needed:
         return Score(reason=f"score: needs {needed} runs, has {count}")
+    try:
+        return _official_score(result, ruleset)
+    except Exception as error:  # the official programs compute on whatever the logs hold
+        return Score(reason=f"score: none; mlperf_logging stopped: {error}")
+
+
+def _official_score(result: Result, ruleset: str) -> Score:
     from mlperf_logging.rcp_checker import rcp_checker
     from mlperf_logging.result_summarizer import result_summarizer
 
-    closed = result.config.get("submission_division") == "closed"
     said = io.StringIO()
     with tempfile.TemporaryDirectory() as folder, quiet_mlperf(), cached_rules(), contextlib.redirect_stdout(said):
         for index, run in enumerate(result.runs):
             Path(folder, f"result_{index}.txt").write_text(_needed_lines(run))
         passed, message = None, "open division: not checked"
-        if closed:
+        if result.config.get("submission_division") == "closed":
             passed, message, _ = rcp_checker.check_directory(
                 folder, "training", ruleset, False, False, rcp_pass="pruned_rcps", set_scaling=True
             )
@@ -220,6 +226,7 @@ def official_score(result: Result, ruleset: str) -> Score:
 
 
 def _needed_lines(run: Run) -> str:
-    """The events that the official programs look at: curves make their parsing slow, noise and damage stop it."""
+    """The events that the official programs look at: curves make their parsing slow, noise and damage can stop it."""
     kept = (e for e in run.log.events if e.key not in ("train_loss", "tracked_stats"))
-    return "".join(f":::MLLOG {e.text}\n" for e in kept)
+    damage = [":::MLLOG damaged\n"] if run.log.damaged else []  # so that they refuse the run all the same
+    return "".join([*(f":::MLLOG {e.text}\n" for e in kept), *damage])
