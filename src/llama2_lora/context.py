@@ -9,12 +9,14 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from llama2_lora.huggingface import HFModel
 from llama2_lora.llama2 import LlamaShape
+
+if TYPE_CHECKING:
+    from llama2_lora.huggingface import HFModel
 
 TOKENIZER = "nemo_tokenizer"
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -12,6 +12,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub
+
+from llama2_lora import hub
 from llama2_lora.llama2 import Block, LlamaShape, hf_tensors
 
 PIECE_BYTES = 8 << 20
@@ -25,6 +28,10 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in order of preference; sharded ones have an index beside them
+BASE = "meta-llama/Llama-2-70b-hf"
+# What is downloaded of a repository: these files, and the first kind of weights that it has.
+FETCHED = ("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.index.json")
+FETCHED_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 # Buffers that older checkpoints carry: computed from the configuration, not weights.
 IGNORED = (".rotary_emb.inv_freq",)
 
@@ -107,6 +114,37 @@ class HFModel:
             more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise ValueError(f"{self.folder}: {'; '.join(problems[:5])}{more}")
         return dtypes.pop()
+
+
+def open_model(source: str, revision: str = "main") -> HFModel:
+    """A folder, or a repository: from the hub's cache where that has all of it, else downloaded into it."""
+    if Path(source).is_dir():
+        return HFModel(Path(source))
+    try:
+        cached = huggingface_hub.snapshot_download(source, revision=revision, local_files_only=True)
+        return HFModel(Path(cached), source)
+    except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.LocalEntryNotFoundError, ValueError):
+        return HFModel(_download(hub.Repository(source, revision)), source)
+
+
+def _download(repository: hub.Repository) -> Path:
+    """Bring what is needed of a repository into the hub's cache; returns the snapshot's folder."""
+    repository, files = hub.list_files(repository, (*FETCHED, *FETCHED_WEIGHTS))
+    for kind in FETCHED_WEIGHTS:
+        weights = [file for file in files if Path(file.path).match(kind)]
+        if weights:
+            break
+    others = [file for file in files if not any(Path(file.path).match(kind) for kind in FETCHED_WEIGHTS)]
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    here = [huggingface_hub.try_to_load_from_cache(repository.id, f.path, revision=repository.revision) for f in weights]
+    hub.check_space(cache, sum(file.bytes for file, path in zip(weights, here, strict=True) if not isinstance(path, str)))
+    names = [file.path for file in (*others, *weights)]
+    print(f"downloading {repository.id} at {repository.revision}: {sum(f.bytes for f in weights) / 1e9:.1f} GB into {cache}")
+    try:
+        return Path(huggingface_hub.snapshot_download(repository.id, revision=repository.revision, allow_patterns=names))
+    except OSError as error:
+        raise hub.HubError(hub.explain(error, repository)) from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
