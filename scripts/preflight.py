@@ -95,7 +95,7 @@ def show(values: dict[str, Any], console: Console) -> None:
             console.print(table)
             console.print()
     for finding in values["findings"]:
-        console.print(f"{finding['level']}: {finding['text']}", style=VERDICTS[finding["level"]], markup=False)
+        console.print(f"{finding['level']}: {finding['text']}", style=VERDICTS[finding["level"]], markup=False, soft_wrap=True)
     verdict = "go" if values["go"] else "no-go"
     console.print(f"{values['config']}: {verdict}", style="bold green" if values["go"] else "bold red", markup=False)
 

@@ -169,7 +169,7 @@ def test_wrong_usage(tmp_path: Path) -> None:
     broken.write_text("source /nowhere/config_common.sh || exit 1\n")
     unwritable = preflight(H100, "--plot", tmp_path / "no folder" / "plot.png")
     for done in (preflight(tmp_path / "absent.sh"), preflight(broken), preflight("--nonsense"), unwritable):
-        assert done.returncode == 2
+        assert done.returncode == 2, done
         assert "error: " in done.stderr
         assert "Traceback" not in done.stderr
 

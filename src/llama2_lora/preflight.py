@@ -185,7 +185,7 @@ def _memory_findings(settings: Settings, part: Accelerator | None, found: Memory
     if part is None or found is None:
         yield Finding("warning", "the GPU is not known: set ACCELERATOR, or name it in DGXSYSTEM, to forecast memory and time")
         return
-    need = f"{found.total / GB:.0f} GB are needed, {part.name} has {found.capacity / GB:.0f}"
+    need = f"{found.total / GB:.1f} GB are needed, {part.name} has {found.capacity / GB:.1f}"
     if found.verdict == "tight":
         yield Finding("warning", f"memory is tight: {need}; the account is good to some percent")
     if found.verdict in ("over", "no"):
