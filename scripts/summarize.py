@@ -12,13 +12,16 @@ LOGDIR is what run.sub writes, a submission's results/ tree, or one log. Exit st
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
@@ -32,10 +35,11 @@ from llama2_lora.report import (
     compliance_findings,
     config_line,
     page,
+    progress_line,
     score_line,
     verdict_line,
 )
-from llama2_lora.results import Result, Summary
+from llama2_lora.results import Result, Summary, job_environment
 from llama2_lora.run import Finding, figures
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
@@ -51,6 +55,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--csv", action="store_true", help="print one CSV row per run")
+    help_watch = "follow a job: look again every S seconds (5) until its trials have ended"
+    parser.add_argument("--watch", type=_positive, nargs="?", const=5.0, metavar="S", help=help_watch)
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that needs nothing else")
     arguments = parser.parse_args(argv)
     if not arguments.folder.exists():
@@ -67,7 +73,7 @@ def _positive(text: str) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    summary = judge(arguments.folder, arguments.ruleset)
+    summary = watch(arguments) if arguments.watch else judge(arguments.folder, arguments.ruleset)
     if arguments.json:
         print(json.dumps(summary.as_dict(arguments.peak_tflops), indent=2))
     elif arguments.csv:
@@ -77,6 +83,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.html:
         arguments.html.write_text(page(summary, arguments.peak_tflops), encoding="utf-8")
     return 0 if summary.ok else 1
+
+
+def watch(arguments: argparse.Namespace) -> Summary:
+    """Show the runs as they grow, until as many as the job was to make have ended, or Ctrl-C."""
+    summary = judge(arguments.folder, arguments.ruleset)
+    with contextlib.suppress(KeyboardInterrupt), Live(console=Console(stderr=True), auto_refresh=False) as live:
+        while True:
+            tables = [result_table(result, arguments.peak_tflops) for result in summary.results]
+            newest = max(summary.runs, key=lambda run: run.path.stat().st_mtime, default=None)
+            under_way = newest is None or newest.status in ("never started", "unfinished")
+            live.update(Group(*tables, escape(progress_line(newest)) if newest else "no run yet"), refresh=True)
+            if not under_way and len(summary.runs) >= trials(summary):
+                return summary
+            time.sleep(arguments.watch)
+            summary = judge(arguments.folder, arguments.ruleset)
+    return summary
+
+
+def trials(summary: Summary) -> int:
+    """Runs that the job is to make: NEXP in what run.sub noted, else one."""
+    noted = (job_environment(run.path).get("NEXP", "1") for run in summary.runs)
+    return max((int(text) for text in noted if text.isdigit()), default=1)
 
 
 def print_csv(summary: Summary, peak_tflops: float | None) -> None:

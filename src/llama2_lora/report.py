@@ -5,10 +5,11 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from llama2_lora import schedule
 from llama2_lora.charts import loss_chart, throughput_chart, time_chart
 from llama2_lora.published import envelope
 from llama2_lora.results import Result, Summary
-from llama2_lora.run import Finding, figures
+from llama2_lora.run import Finding, Run, figures
 
 COLUMNS = {  # heading -> figure, format
     "run": ("run", "{}"),
@@ -57,6 +58,25 @@ def score_line(result: Result) -> str:
     passed = {True: "passed", False: "FAILED", None: ""}[score.rcp_passed]
     parts = f"olympic mean {score.olympic_minutes:.3f} min x scaling {score.scaling:.4f}"
     return f"score: {score.minutes:.3f} minutes ({parts}; RCP {passed}: {score.rcp})"
+
+
+def progress_line(run: Run) -> str:
+    """Where a run that has not ended stands, and when its next evaluation is due."""
+    progress = run.progress()
+    if run.first("run_stop"):
+        return f"{run.path.name}: {run.status}"
+    if progress is None:
+        return f"{run.path.name}: {run.status}, no training step yet"
+    sequences, seconds, pace = progress
+    parts = [f"{run.path.name}: {sequences:,} sequences in {seconds / 60:.1f} min"]
+    parts += [f"{pace:.2f} sequences/s"] if pace else []
+    parts += [f"train loss {run.train_losses[-1][1]:.4f}"]
+    parts += [f"evaluation {run.evaluations[-1][1]:.4f} at {run.evaluations[-1][0]:,}"] if run.evaluations else []
+    if run.gbs:
+        first, every = (steps * run.gbs for steps in (schedule.first_eval_step(run.gbs), schedule.eval_every_steps(run.gbs)))
+        due = first + max(0, (sequences - first) // every + 1) * every
+        parts.append(f"next at {due:,}" + (f" in {(due - sequences) / pace / 60:.1f} min" if pace else ""))
+    return ", ".join(parts)
 
 
 def verdict_line(summary: Summary) -> str:

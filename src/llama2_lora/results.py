@@ -151,9 +151,8 @@ def read_runs(folder: Path) -> tuple[list[Run], list[Finding]]:
 
 def find_system(run: Run) -> System:
     """Accelerators of a run: run.sub's .env beside the log, else SYSJSON, systems/NAME.json or the config's name."""
-    env, described = run.path.with_suffix(".env"), run.log.system
-    if env.is_file():
-        values = dict(line.split("=", 1) for line in env.read_text(errors="replace").splitlines() if "=" in line)
+    values, described = job_environment(run.path), run.log.system
+    if values:
         with contextlib.suppress(KeyError, ValueError):
             accelerator = _accelerator(values.get("ACCELERATOR", ""))
             return System(accelerator, int(values["DGXNNODES"]), int(values["DGXNGPU"]))
@@ -168,6 +167,13 @@ def find_system(run: Run) -> System:
     name = str(run.values.get("config_filename", ""))
     shape = re.search(r"_(\d+)x(\d+)x\d+", name)
     return System(_accelerator(name), *(int(shape[1]), int(shape[2])) if shape else ())
+
+
+def job_environment(log: Path) -> dict[str, str]:
+    """What run.sub noted of the job beside the log; empty without that file."""
+    file = log.with_suffix(".env")
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
 def _accelerator(text: str) -> str:

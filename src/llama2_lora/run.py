@@ -173,6 +173,21 @@ class Run:
     def eval_share(self) -> float | None:
         return self.eval_seconds / (self.train_minutes * 60) if self.train_minutes else None
 
+    def progress(self) -> tuple[int, float, float | None] | None:
+        """(sequences so far, seconds since run_start, sequences/s lately) of a run that is under way."""
+        start, last, pace = self.first("run_start"), None, None
+        for event in self.log.events:
+            if event.key == "eval_stop":
+                last = None  # the time of an evaluation is no training
+            elif event.key == "train_loss" and (count := samples_count(event)):
+                if last and event.time_ms > last.time_ms:
+                    pace = (count - (samples_count(last) or 0)) / (event.time_ms - last.time_ms) * 1e3
+                last = event
+        if start is None or not self.train_losses:
+            return None
+        end = self.log.events[-1]
+        return self.train_losses[-1][0], (end.time_ms - start.time_ms) / 1e3, pace
+
     def mfu(self, peak_tflops: float | None = None) -> float | None:
         """Model FLOP utilization of training against the dense bf16 peak, a share; `peak_tflops`: per accelerator."""
         peak = peak_tflops or PEAK_TFLOPS.get(self.system.accelerator)
