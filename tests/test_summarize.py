@@ -146,7 +146,6 @@ def rendered(page: Path, tmp_path: Path) -> str:
         "--no-sandbox",
         "--disable-gpu",
         *offline,
-        *scheme,
         f"--user-data-dir={tmp_path}/profile",
     ]
     done = subprocess.run([*command, "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=60)
