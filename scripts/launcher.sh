@@ -14,7 +14,9 @@ launch() {
 
 slurm_prefix() { # where
   local nodes="${DGXNNODES}" per_node=1
-  prefix=(srun --export=ALL --kill-on-bad-exit=1) # one task's failure ends the others, which would wait for it
+  # Steps run one after another: one that Slurm has not quite finished with must not delay the next (--overlap). One task's
+  # failure ends the others, which would wait for it (--kill-on-bad-exit).
+  prefix=(srun --export=ALL --overlap --kill-on-bad-exit=1)
   case "$1" in
     first) nodes=1 prefix+=(--relative=0) ;;
     ranks) per_node="${DGXNGPU}" prefix+=(--label --cpu-bind=none) ;; # run_and_time.sh binds

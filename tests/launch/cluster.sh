@@ -93,7 +93,8 @@ start_node() { # number
   ip netns del "${space}" 2>/dev/null || true
   ip link del "v${space}" 2>/dev/null || true
   ip netns add "${space}"
-  ip link add "v${space}" type veth peer name eth0 netns "${space}"
+  # A node that comes back has its old hardware address, or the others' ARP entries would lead nowhere
+  ip link add "v${space}" type veth peer name eth0 address "02:00:00:00:00:0$1" netns "${space}"
   ip link set "v${space}" master "${BRIDGE}" up
   ip -n "${space}" link set lo up
   ip -n "${space}" link set eth0 up

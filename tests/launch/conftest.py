@@ -1,4 +1,4 @@
-"""A Slurm cluster of four nodes on this machine, and jobs on it by the real sbatch. Root and Slurm's daemons are needed."""
+"""A Slurm cluster of five nodes on this machine, and jobs on it by the real sbatch. Root and Slurm's daemons are needed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ def missing() -> str:
     absent = [name for name in commands if not shutil.which(name, path=path)]
     if not absent and not Path("/usr/include/slurm/spank.h").exists():
         absent = ["slurm/spank.h"]
-    return f"{', '.join(absent)} not found: apt-get install slurmctld slurmd slurm-client munge iproute2 libslurm-dev gcc" if absent else ""
+    return (
+        f"{', '.join(absent)} not found: apt-get install slurmctld slurmd slurm-client munge iproute2 libslurm-dev gcc"
+        if absent
+        else ""
+    )
 
 
 @dataclass
@@ -47,6 +51,9 @@ class Job:
     def show(self) -> dict[str, str]:
         text = self.cluster.run("scontrol", "show", "job", str(self.number)).stdout
         return dict(re.findall(r"(\w+)=(\S*)", text))
+
+    def nodes(self) -> list[str]:
+        return self.cluster.run("scontrol", "show", "hostnames", self.show()["NodeList"]).stdout.split()
 
     def wait(self, timeout: float = 60) -> int:
         """Exit status once the job has ended; a job that a signal ended has 128 + signal."""
@@ -88,7 +95,9 @@ class Cluster:
     def control(self, *arguments: str) -> None:
         subprocess.run([HERE / "cluster.sh", *arguments], env=self.environment, check=True, timeout=60)
 
-    def submit(self, results: Path, *options: str, script: Path = ROOT / "run.sub", user: str | None = None, **variables: str) -> Job:
+    def submit(
+        self, results: Path, *options: str, script: Path = ROOT / "run.sub", user: str | None = None, **variables: str
+    ) -> Job:
         """`source CONFIG && sbatch -N $DGXNNODES run.sub` with these variables exported after the config."""
         output = results.parent / f"{results.name}.out"
         names = " ".join(f'{name}="${{_{name}}}"' for name in variables)
@@ -127,7 +136,7 @@ def cluster() -> Iterator[Cluster]:
         "PATH": f"{HERE}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "HOME": "/tmp",
         "RIG": str(rig / "state"),
-        "NODES": "4",
+        "NODES": "5",  # one to spare for the job that loses one
         "SLURM_CONF": str(rig / "state/etc/slurm.conf"),
         "SPANK": f"required {rig}/spank_stub.so",
         "NODE_LOCAL": " ".join(NODE_LOCAL),

@@ -24,7 +24,9 @@ from llama2_lora.mlperf_log import MLPerfLog, submission_values
 from llama2_lora.settings import Settings
 
 FIRST_SEED = 100
-BUILT = dict(opt_adamw_weight_decay=1e-4, opt_gradient_clip_norm=0.3, lora_rank=16, lora_alpha=32, train_samples=40, eval_samples=13)
+BUILT = dict(
+    opt_adamw_weight_decay=1e-4, opt_gradient_clip_norm=0.3, lora_rank=16, lora_alpha=32, train_samples=40, eval_samples=13
+)
 
 
 def main() -> int:

@@ -31,7 +31,7 @@ def run_started(job, trial: int) -> bool:
 
 
 def assert_clean(job) -> None:
-    job.wait_for(lambda: not job.leftovers(), 20)
+    job.wait_for(lambda: not job.leftovers(), 30)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,7 +87,9 @@ def test_a_failed_trial_does_not_stop_the_next_and_the_worst_status_counts(site)
     job = site.submit("failing", PAYLOAD="exit3 missed silent pass", NEXP="4")
     assert job.wait() == 4, job.text()
     text = job.text()
-    assert "trial 1 finished with status 3: training FAILED (3), compliance FAILED" in text, "not that of the ranks it took along"
+    assert "trial 1 finished with status 3: training FAILED (3), compliance FAILED" in text, (
+        "not that of the ranks it took along"
+    )
     assert "trial 2 finished with status 1: training FAILED (1), compliance FAILED" in text
     assert "trial 3 finished with status 4: training passed, compliance FAILED" in text
     assert "trial 4 finished with status 0" in text
@@ -121,21 +123,23 @@ def test_scancel_closes_the_log(site):
 
 
 def test_a_requeue_after_a_lost_node_keeps_finished_trials(site):
-    job = site.submit("requeued", "--nodelist=node3,node4", PAYLOAD="pass hang_once", NEXP="2")
+    job = site.submit("requeued", PAYLOAD="pass hang_once", NEXP="2")
     job.wait_for(lambda: run_started(job, 2), 60)
     first = job.log(1).stat()
-    site.cluster.control("stop_node", "4")
-    site.cluster.run("scontrol", "update", "NodeName=node4", "State=DOWN", "Reason=test")
-    site.cluster.control("start_node", "4")
+    lost = job.nodes()[1]
+    site.cluster.control("stop_node", lost.removeprefix("node"))
+    site.cluster.run("scontrol", "update", f"NodeName={lost}", "State=DOWN", "Reason=test")
     job.wait_for(lambda: job.show()["JobState"] == "PENDING", 30)
-    site.cluster.run("scontrol", "update", f"JobId={job.number}", "StartTime=now")  # else Slurm waits two minutes
+    site.cluster.run("scontrol", "update", f"JobId={job.number}", "StartTime=now+4")  # not Slurm's two minutes
     assert job.wait() == 0, job.text()
+    assert lost not in job.nodes()
     assert "trial 1 was finished before (status 0)" in job.text()
     assert (job.log(1).stat().st_mtime_ns, job.log(1).stat().st_ino) == (first.st_mtime_ns, first.st_ino)
     (interrupted,) = job.results.glob("*_2.log.interrupted_*")
     assert run_stops(interrupted) == ["aborted"]
     assert run_stops(job.log(2)) == ["success"]
-    assert_clean(job)
+    site.cluster.control("start_node", lost.removeprefix("node"))
+    assert_clean(job)  # once it is back, the booked cleanup job finds what the lost node still had
 
 
 def test_all_unset_variables_are_named_at_once(site):
