@@ -3,7 +3,7 @@
     torchrun --nproc-per-node=N tests/nemo_model.py JOBS.json
 
 A job: {"checkpoint", "tp", "pp", "tokens" (.npy, [rows, sequence]), "logits" (.npy to write), "adapter" (to load, may be
-missing), "gathered" (adapter to write)}.
+missing), "gathered" (adapter to write), "context" (.json to write: what NeMo builds from the checkpoint's context)}.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def run(
     pp: int = 1,
     adapter: str | None = None,
     gathered: str | None = None,
-    bf16: bool = False,
+    context: str | None = None,
 ) -> None:
     import torch
 
@@ -57,7 +57,9 @@ def run(
     arrays, rank, alpha = {}, 0, 0
     if adapter:
         arrays, _, rank, alpha = read_adapter(Path(adapter))
-    model = load(checkpoint, shape, tp, pp, bf16)
+    if context:
+        Path(context).write_text(json.dumps(build_context(checkpoint)))
+    model = load(checkpoint, shape, tp, pp)
     if arrays:
         add_adapter(model, arrays, rank, alpha)
     if gathered:
@@ -70,7 +72,7 @@ def run(
     torch.distributed.barrier()
 
 
-def load(checkpoint, shape, tp, pp, bf16):
+def load(checkpoint, shape, tp, pp):
     """The bare model with its weights restored the way that training restores them."""
     import torch
     from megatron.core import parallel_state
@@ -95,12 +97,11 @@ def load(checkpoint, shape, tp, pp, bf16):
         vocab_size=shape.vocab,
         transformer_layer_spec=cpu_layer_spec,
         **CPU_MODEL_OPTIONS,
-        **({"params_dtype": torch.bfloat16, "bf16": True} if bf16 else {}),
     )
     strategy = nl.MegatronStrategy(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
-        pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
+        pipeline_dtype=torch.float32,
         setup_optimizers=False,
         restore_config=RestoreConfig(path=checkpoint, load_artifacts=False),
     )
@@ -116,6 +117,19 @@ def load(checkpoint, shape, tp, pp, bf16):
         parameter.data.fill_(float("nan"))  # what is not restored shows
     strategy.setup(trainer)
     return model.module
+
+
+def build_context(checkpoint):
+    """Fields of the model's configuration and the tokenizer's size, as NeMo builds them from the context."""
+    import fiddle
+    from nemo.lightning.io import load_context
+
+    context = load_context(Path(checkpoint), subpath="model", build=False)
+    context.config.apply_rope_fusion = False  # its default needs Transformer Engine
+    model = fiddle.build(context)
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_query_groups", "vocab_size", "params_dtype", "bf16")
+    fields = {name: str(getattr(model.config, name)) for name in names}
+    return fields | {"tokenizer": model.tokenizer.vocab_size, "ids": model.tokenizer.text_to_ids("w5 w7")}
 
 
 def add_adapter(module, arrays, rank, alpha):

@@ -52,10 +52,10 @@ def verify(source: HFModel, output: Path, progress: Progress = lambda count: Non
     check_checkpoint(output, source.shape)
     if (found := read_shape(output)) != source.shape:
         raise ValueError(f"{output}: the context describes {found}, the source is {source.shape}")
-    layout = LAYOUTS[weights_format(output) or ""]
+    read = LAYOUTS[weights_format(output) or ""].reader(output / "weights")
     different = []
     for chunk in chunks(source.shape):
-        with layout.open(output / "weights", chunk) as stored:
+        with read(chunk) as stored:
             pieces = source.read_all(chunk.blocks)
             if not all(stored.read(len(piece)) == piece for piece in pieces) or stored.read(1):
                 different.append(f"{chunk.stack.name} {list(chunk.place)}")

@@ -53,9 +53,9 @@ class Zarr:
             (weights / name).parent.mkdir(exist_ok=True)
             (weights / f"{name}.pt").write_bytes(_torch_bytes(None))
 
-    def open(self, weights: Path, chunk: Chunk) -> BinaryIO:
-        """The stored bytes of a piece."""
-        return _zarr_file(weights, chunk).open("rb")
+    def reader(self, weights: Path) -> Callable[[Chunk], BinaryIO]:
+        """What gives the stored bytes of a piece."""
+        return lambda chunk: _zarr_file(weights, chunk).open("rb")
 
 
 def _zarr_file(weights: Path, chunk: Chunk) -> Path:
@@ -101,15 +101,19 @@ class TorchDist:
         with _appearing(weights / ".metadata") as file:
             pickle.dump(_index(weights, source.shape, dtype, len(state)), file)
 
-    def open(self, weights: Path, chunk: Chunk) -> BinaryIO:
-        """The stored bytes of a piece, found through the index."""
+    def reader(self, weights: Path) -> Callable[[Chunk], BinaryIO]:
+        """What gives the stored bytes of a piece, which it finds through the index."""
         import torch
         from torch.distributed.checkpoint.metadata import MetadataIndex
 
         index = pickle.loads((weights / ".metadata").read_bytes())
-        place = index.storage_data[MetadataIndex(PREFIX + chunk.stack.name, torch.Size(chunk.offset))]
-        tensor = torch.load(weights / place.relative_path, weights_only=True)
-        return io.BytesIO(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+        def read(chunk: Chunk) -> BinaryIO:
+            place = index.storage_data[MetadataIndex(PREFIX + chunk.stack.name, torch.Size(chunk.offset))]
+            tensor = torch.load(weights / place.relative_path, weights_only=True)
+            return io.BytesIO(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+        return read
 
 
 def _distcp_name(number: int) -> str:
