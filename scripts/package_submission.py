@@ -136,9 +136,9 @@ def read_system(path: Path, summary: Summary) -> tuple[dict[str, Any], list[str]
         path.write_text(json.dumps({f: known.get(f, "") for f in (*REQUIRED, *OPTIONAL)}, indent=2) + "\n")
         print(f"wrote {path}: fill in its empty fields")
     try:
-        system = json.loads(path.read_text())
-    except ValueError as error:
-        return {}, [f"{path}: is not JSON: {error}"]
+        system = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        return {}, [f"{path}: is not a JSON object: {error}"]
     problems = [
         f'{path}: "{name}" is missing; the rules require an answer (S "system_desc_id.json")'
         for name in REQUIRED

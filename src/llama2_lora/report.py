@@ -56,8 +56,11 @@ def score_line(result: Result) -> str:
     if score.minutes is None:
         return score.reason + (f" (RCP: {score.rcp})" if score.rcp else "")
     passed = {True: "passed", False: "FAILED", None: ""}[score.rcp_passed]
-    parts = f"olympic mean {score.olympic_minutes:.3f} min x scaling {score.scaling:.4f}"
-    return f"score: {score.minutes:.3f} minutes ({parts}; RCP {passed}: {score.rcp})"
+    parts = [f"olympic mean {score.olympic_minutes:.3f} min x scaling {score.scaling:.4f}", f"RCP {passed}: {score.rcp}"]
+    if score.sequences and score.reference_sequences:
+        limits = f"reference {score.reference_sequences:,.0f}, bound {score.bound_sequences:,.0f}"
+        parts.append(f"{score.sequences:,.0f} sequences on average, {limits}")
+    return f"score: {score.minutes:.3f} minutes ({'; '.join(parts)})"
 
 
 def progress_line(run: Run) -> str:

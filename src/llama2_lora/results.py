@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import re
 import tempfile
 from collections.abc import Iterable
@@ -12,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama2_lora import benchmark
-from llama2_lora.run import PEAK_TFLOPS, Finding, Run, System, figures
+from llama2_lora import benchmark, convergence
+from llama2_lora.accelerators import ACCELERATORS
+from llama2_lora.run import Finding, Run, System, figures
 from llama2_lora.runlog import cached_rules, quiet_mlperf, read_log
 
 CONFIG_KEYS = (
@@ -33,6 +35,9 @@ class Score:
     scaling: float | None = None
     rcp: str = ""  # the RCP checker's message
     rcp_passed: bool | None = None
+    sequences: float | None = None  # olympic mean to converge
+    reference_sequences: float | None = None  # below this a result is scaled up to it
+    bound_sequences: float | None = None  # below this it fails
     reason: str = ""
 
 
@@ -177,7 +182,7 @@ def job_environment(log: Path) -> dict[str, str]:
 
 
 def _accelerator(text: str) -> str:
-    return next((name for name in sorted(PEAK_TFLOPS, key=len, reverse=True) if name in text.upper()), "")
+    return next((name for name in sorted(ACCELERATORS, key=len, reverse=True) if name in text.upper()), "")
 
 
 def group(runs: Iterable[Run], root: Path) -> list[Result]:
@@ -228,7 +233,12 @@ def _official_score(result: Result, ruleset: str) -> Score:
         )
     if minutes is None:
         return Score(rcp=message, rcp_passed=passed, reason="score: none; " + " ".join(said.getvalue().split()))
-    return Score(minutes, minutes / scaling, scaling, message, passed)
+    score = Score(minutes, minutes / scaling, scaling, message, passed)
+    sequences = sorted(run.sequences_to_converge or math.inf for run in result.runs)[1:-1]
+    score.sequences = sum(sequences) / len(sequences)
+    if expected := convergence.expected(result.config["global_batch_size"]):
+        score.reference_sequences, score.bound_sequences = expected.reference, expected.bound
+    return score
 
 
 def _needed_lines(run: Run) -> str:

@@ -11,29 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from llama2_lora import benchmark
+from llama2_lora.accelerators import ACCELERATORS
 from llama2_lora.published import envelope
 from llama2_lora.runlog import Event, RunLog
 
 MODEL_TFLOP_PER_SEQUENCE = 2598  # forward and backward of 8,192 tokens with LoRA on the 70B; NVIDIA's figure
-# Dense bf16 peak of one accelerator, TFLOP/s; makers' data sheets. MFU is against this also where FP8 or FP4 ran.
-PEAK_TFLOPS = {
-    "H100": 989,
-    "H200": 989,
-    "B200": 2250,
-    "B300": 2250,
-    "GB200": 2450,
-    "GB300": 2450,
-    "MI300X": 1307,
-    "MI325X": 1307,
-    "MI355X": 2516,
-}
 
 
 @dataclass(frozen=True)
 class System:
     """What is known of the machine, from files beside the log or the log itself."""
 
-    accelerator: str = ""  # key of PEAK_TFLOPS, or empty
+    accelerator: str = ""  # key of ACCELERATORS, or empty
     nodes: int | None = None
     per_node: int | None = None
 
@@ -189,8 +178,12 @@ class Run:
         return self.train_losses[-1][0], (end.time_ms - start.time_ms) / 1e3, pace
 
     def mfu(self, peak_tflops: float | None = None) -> float | None:
-        """Model FLOP utilization of training against the dense bf16 peak, a share; `peak_tflops`: per accelerator."""
-        peak = peak_tflops or PEAK_TFLOPS.get(self.system.accelerator)
+        """Model FLOP utilization of training, a share; `peak_tflops`: of one accelerator, by default its dense bf16 peak.
+
+        The default holds also where FP8 or FP4 ran, as in published comparisons; it can pass 1 there.
+        """
+        known = ACCELERATORS.get(self.system.accelerator)
+        peak = peak_tflops or (known.bf16_tflops if known else None)
         if self.rehearsal or not (peak and self.system.accelerators and self.samples_per_second):
             return None
         return self.samples_per_second * MODEL_TFLOP_PER_SEQUENCE / (self.system.accelerators * peak)
