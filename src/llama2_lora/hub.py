@@ -57,21 +57,21 @@ class RemoteFile(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """Where a remote file's bytes lie here: at the start of a file, or inside one that was joined from pieces."""
+    """Where a remote file's bytes lie here: a file of their own, or from byte `offset` of one joined from pieces."""
 
     file: RemoteFile
     path: Path
-    offset: int = 0
+    offset: int | None = None
 
     def problem(self) -> str | None:
         """What is wrong with it; None where size and hash are the hub's."""
         name, length, digest = self.file
         if not self.path.is_file():
             return f"{self.path} is missing"
-        size = self.path.stat().st_size - self.offset
-        if size < length or (size > length and not self.offset):
+        size = self.path.stat().st_size
+        if self.offset is None and size != length:
             return f"{self.path} has {size} bytes, the hub lists {length} for {name}"
-        if digest and file_digest(self.path, digest, self.offset, length) != digest:
+        if digest and file_digest(self.path, digest, self.offset or 0, length) != digest:
             return f"{self.path} has another hash than the hub lists for {name}"
         return None
 
@@ -83,7 +83,7 @@ def list_files(repository: Repository, patterns: Sequence[str]) -> tuple[Reposit
     """
     try:
         api = huggingface_hub.HfApi()
-        commit = api.repo_info(repository.id, revision=repository.revision, repo_type=repository.type).sha
+        commit = str(api.repo_info(repository.id, revision=repository.revision, repo_type=repository.type).sha)
         tree = api.list_repo_tree(repository.id, recursive=True, revision=commit, repo_type=repository.type)
         files = [
             RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
@@ -146,9 +146,8 @@ def bytes_in(folder: Path) -> int:
     return sum(map(_size, folder.rglob("*")))
 
 
-def file_digest(path: Path, like: str, offset: int = 0, length: int | None = None) -> str:
-    """sha256 of a file (or of `length` bytes from `offset`) where `like` is one, else git's blob hash."""
-    length = path.stat().st_size - offset if length is None else length
+def file_digest(path: Path, like: str, offset: int, length: int) -> str:
+    """sha256 of `length` bytes from `offset` where `like` is one, else git's blob hash."""
     digest = hashlib.sha256() if len(like) == 64 else hashlib.sha1(b"blob %d\0" % length, usedforsecurity=False)
     with path.open("rb") as file:
         file.seek(offset)
@@ -194,16 +193,17 @@ def in_threads(
 
     The threads are daemons: an error or Ctrl-C ends the process at once, not after the files that are on their way.
     """
-    pool = ThreadPool(WORKERS)
-    waiting = [pool.apply_async(work, (item,)) for item in items]
     done = 0
-    while waiting:
-        waiting[0].wait(0.2)
-        ready = [job for job in waiting if job.ready()]
-        waiting = [job for job in waiting if job not in ready]
-        done += len(ready)
-        show(done)
-        yield from (job.get() for job in ready)
+    with ThreadPool(WORKERS) as pool:
+        waiting = [pool.apply_async(work, (item,)) for item in items]
+        while waiting:
+            waiting[0].wait(0.2)
+            ready = [job for job in waiting if job.ready()]
+            waiting = [job for job in waiting if job not in ready]
+            results = [job.get() for job in ready]
+            done += len(results)
+            show(done)
+            yield from results
 
 
 def _bar(what: str, total: int) -> tqdm:
