@@ -73,6 +73,8 @@ def _positive(text: str) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a log may hold what a terminal cannot show
     summary = watch(arguments) if arguments.watch else judge(arguments.folder, arguments.ruleset)
     if arguments.json:
         print(json.dumps(summary.as_dict(arguments.peak_tflops), indent=2))
@@ -81,7 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print_summary(summary, arguments.peak_tflops)
     if arguments.html:
-        arguments.html.write_text(page(summary, arguments.peak_tflops), encoding="utf-8")
+        try:
+            arguments.html.write_text(page(summary, arguments.peak_tflops), encoding="utf-8", errors="replace")
+        except OSError as error:
+            print(f"error: --html {arguments.html}: {error.strerror}", file=sys.stderr)
+            return 2
     return 0 if summary.ok else 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from run_text import CONVERGING, line, run_lines, write_result, write_run
 
 from llama2_lora import published
 from llama2_lora.checks import judge
+from llama2_lora.report import page
 from llama2_lora.results import Summary
 from llama2_lora.run import Run
 
@@ -199,6 +201,25 @@ def test_barely_begun(tmp_path: Path, keep: int) -> None:
     summary = judge(tmp_path, "5.1.0")
     assert not summary.ok
     assert [run.status for run in summary.runs] == (["never started"] if keep else [])
+
+
+@pytest.mark.parametrize("value", ["NaN", "1e999", "-1", "null", '"\\ud800"', "[]", "true", "1e30"])
+@pytest.mark.parametrize("key", ["time_ms", "value", "samples_count", "key"])
+def test_any_value_anywhere_is_not_fatal(tmp_path: Path, key: str, value: str) -> None:
+    """In every fifth line, down to the page and to strict JSON."""
+    lines = run_lines()
+    pattern = re.compile(rf'("{key}": )("[^"]*"|[\d.]+|null|true)')
+    save(tmp_path, [pattern.sub(lambda m: m[1] + value, x) if i % 5 == 0 else x for i, x in enumerate(lines)])
+    summary = judge(tmp_path, "5.1.0")
+    json.dumps(summary.as_dict(), allow_nan=False)
+    assert page(summary).encode(errors="replace")
+
+
+def test_loss_that_is_not_a_number(tmp_path: Path) -> None:
+    save(tmp_path, [x.replace("0.931", "NaN") for x in run_lines()])
+    run = only_run(tmp_path)
+    assert codes(run) == ["no loss"]
+    assert (run.status, len(run.evaluations)) == ("converged", 4)
 
 
 def test_bad_values_are_not_fatal(tmp_path: Path) -> None:

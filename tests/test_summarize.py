@@ -99,6 +99,10 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     assert "error:" in capsys.readouterr().err
 
 
+def test_page_that_cannot_be_written(summarize: Callable[..., Done], ten: Path) -> None:
+    assert summarize(ten, "--html", ten / "nowhere" / "page.html").status == 2
+
+
 def test_every_problem_is_printed_with_its_place(summarize: Callable[..., Done], tmp_path: Path) -> None:
     write_run(tmp_path / "a_1.log", losses=CONVERGING[:3], lora_alpha=16)
     done = summarize(tmp_path)

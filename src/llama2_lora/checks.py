@@ -15,7 +15,7 @@ from pathlib import Path
 from llama2_lora import benchmark, schedule
 from llama2_lora.published import EnvelopeRow, envelope
 from llama2_lora.results import Result, Summary, group, official_score, read_runs
-from llama2_lora.run import Finding, Run, samples_count
+from llama2_lora.run import Finding, Run, number, samples_count
 from llama2_lora.runlog import compliance_messages
 
 FIXED = {  # key -> (value, section)
@@ -32,6 +32,7 @@ DATA_SIZES = ("train_samples", "eval_samples")
 PLACEHOLDER = re.compile(r"placeholder|unknown|reference|unofficial|example|change.?me|your.?|todo|^\W*$", re.IGNORECASE)
 # Median train loss over the second half of a run: 1.27 to 1.34 in twelve published logs with GBS 8
 USUAL_TRAIN_LOSS = 1.3
+MOST_CONTEXT_RANKS = 64
 TOLERANCE = 1e-6
 
 
@@ -81,6 +82,9 @@ def _times(run: Run) -> Iterator[Finding]:
 
 
 def _convergence(run: Run) -> Iterator[Finding]:
+    for event in run.events("eval_accuracy"):
+        if number(event.value) is None:
+            yield Finding("error", "no loss", f"eval_accuracy is {event.value}, not a loss", f":{event.line}")
     reached, reported = run.sequences_to_converge, run.reported_status
     last = f"last evaluation loss {run.evaluations[-1][1]:.4f}" if run.evaluations else "no evaluation"
     if run.status == "unfinished":
@@ -104,8 +108,8 @@ def _fixed_values(run: Run) -> Iterator[Finding]:
 
 
 def _evaluation_schedule(run: Run) -> Iterator[Finding]:
-    gbs, seen = run.gbs, [s for s, _ in run.evaluations]
-    if gbs is None or not seen:
+    gbs, seen = run.gbs, [samples_count(e) for e in run.events("eval_accuracy")]
+    if gbs is None:
         return
     first, every = schedule.first_eval_step(gbs) * gbs, schedule.eval_every_steps(gbs) * gbs
     for index, sequences in enumerate(seen):
@@ -145,7 +149,7 @@ def _inflated_train_loss(run: Run) -> Iterator[Finding]:
         return
     ratio = statistics.median(losses[len(losses) // 2 :]) / USUAL_TRAIN_LOSS
     factor = round(ratio)
-    if factor > 1 and abs(ratio / factor - 1) < 0.15:
+    if 1 < factor <= MOST_CONTEXT_RANKS and abs(ratio / factor - 1) < 0.15:
         cp = run.values.get("context_parallelism")
         known = f"context_parallelism is {cp}" if cp else "context parallelism is not logged"
         text = f"train_loss is about {factor} times the usual {USUAL_TRAIN_LOSS}: summed over context ranks? {known}"

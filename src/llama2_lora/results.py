@@ -88,13 +88,23 @@ class Summary:
         return sorted([*self.findings, *runs], key=lambda f: ("error", "warning", "note").index(f.level))
 
     def as_dict(self, peak_tflops: float | None = None) -> dict[str, Any]:
-        return {
+        whole = {
             "folder": str(self.folder),
             "ruleset": self.ruleset,
             "ok": self.ok,
             "results": [_result_dict(result, peak_tflops) for result in self.results],
             "findings": [vars(f) for f in self.all_findings()],
         }
+        return _strict(whole)
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinity; a log's values may."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _result_dict(result: Result, peak_tflops: float | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +17,7 @@ from llama2_lora.published import envelope
 from llama2_lora.runlog import Event, RunLog
 
 MODEL_TFLOP_PER_SEQUENCE = 2598  # forward and backward of 8,192 tokens with LoRA on the 70B; NVIDIA's figure
+MOST_SEQUENCES = 10**9  # a count above this is damage
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Run:
     def gbs(self) -> int | None:
         """Global batch size, sequences."""
         value = self.values.get("global_batch_size")
-        return value if isinstance(value, int) and value > 0 else None
+        return value if type(value) is int and 0 < value < MOST_SEQUENCES else None
 
     @property
     def seed(self) -> Any:
@@ -213,12 +215,14 @@ _AFTER_BLOCK = ("eval_start", "eval_accuracy", "block_start", "run_stop")
 
 
 def samples_count(event: Event) -> int | None:
-    count = event.metadata.get("samples_count")
-    return int(count) if isinstance(count, (int, float)) else None
+    count = number(event.metadata.get("samples_count"))
+    return int(count) if count is not None and 0 <= count < MOST_SEQUENCES else None
 
 
 def number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    """A finite number, else None: logs of runs that diverged hold NaN."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < sys.float_info.max
+    return float(value) if known else None
 
 
 def _minutes(seconds: float | None) -> float | None:

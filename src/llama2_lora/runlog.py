@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +91,10 @@ def _event(body: str, line: int) -> Event:
     metadata = fields["metadata"]
     if not isinstance(metadata, dict):
         raise TypeError("metadata is not an object")
-    key = str(fields["key"])
-    return Event(float(fields["time_ms"]), key.strip(), fields["value"], metadata, line, key, body)
+    key, time_ms = str(fields["key"]), float(fields["time_ms"])
+    if not 0 <= time_ms < sys.float_info.max:
+        raise ValueError(f"time_ms is {time_ms}")
+    return Event(time_ms, key.strip(), fields["value"], metadata, line, key, body)
 
 
 def _excerpt(body: str, position: int, around: int = 40) -> str:
