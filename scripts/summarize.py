@@ -76,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a log may hold what a terminal cannot show
     summary = watch(arguments) if arguments.watch else judge(arguments.folder, arguments.ruleset)
+    if arguments.peak_tflops and any(not (run.rehearsal or run.system.accelerators) for run in summary.runs):
+        where = "run.sub's .env, SYSJSON, systems/<name>.json and config_filename name none"
+        summary.findings.append(Finding("note", "no MFU", f"number of accelerators unknown: {where}"))
     if arguments.json:
         print(json.dumps(summary.as_dict(arguments.peak_tflops), indent=2))
     elif arguments.csv:

@@ -428,6 +428,12 @@ def test_score_needs_ten(tmp_path: Path, count: int) -> None:
     assert summary.ok
 
 
+def test_open_division_may_choose_hyperparameters(tmp_path: Path) -> None:
+    write_run(tmp_path / "a_1.log", submission_division="open", lora_alpha=64, first=1152)
+    run = only_run(tmp_path)
+    assert codes(run) == codes(run, "note") == ["fixed value", "evaluation schedule"]
+
+
 def test_open_division_has_no_rcp(tmp_path: Path) -> None:
     write_result(tmp_path, submission_division="open")
     for log in tmp_path.iterdir():  # the official checker wants epoch_num in the open division

@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 from run_text import CONVERGING, load_script, run_lines, write_result, write_run
 
+from llama2_lora.charts import ticks
+
 script = load_script("summarize")
 
 
@@ -97,6 +99,21 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
         script.main(arguments)
     assert stopped.value.code == 2
     assert "error:" in capsys.readouterr().err
+
+
+def test_peak_without_a_number_of_accelerators(summarize: Callable[..., Done], tmp_path: Path) -> None:
+    write_run(tmp_path / "a_1.log", config_filename=None)
+    done = summarize(tmp_path, "--peak-tflops", "989")
+    assert done.status == 0
+    assert "number of accelerators unknown" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 11.9, [0, 5, 10]), (0.919, 0.947, [0.92, 0.93, 0.94]), (1459, 3533, [1500, 2000, 2500, 3000, 3500]), (3, 3, [3])],
+)
+def test_marks_of_an_axis(low: float, high: float, expected: list[float]) -> None:
+    assert ticks(low, high) == pytest.approx(expected)
 
 
 def test_page_that_cannot_be_written(summarize: Callable[..., Done], ten: Path) -> None:

@@ -28,8 +28,9 @@ FIXED = {  # key -> (value, section)
     "eval_samples": (benchmark.EVAL_SEQUENCES, "§9.4"),
 }
 DATA_EVENTS = ("block_start", "epoch_start", "train_loss", "eval_start", "eval_accuracy")
+DIVISION = "submission_division"
 DATA_SIZES = ("train_samples", "eval_samples")
-PLACEHOLDER = re.compile(r"placeholder|unknown|reference|unofficial|example|change.?me|your.?|todo|^\W*$", re.IGNORECASE)
+PLACEHOLDER = re.compile(r"placeholder|unknown|reference|unofficial|example|change.?me|\byour\b|\btodo\b|^\W*$", re.IGNORECASE)
 # Median train loss over the second half of a run: 1.27 to 1.34 in twelve published logs with GBS 8
 USUAL_TRAIN_LOSS = 1.3
 MOST_CONTEXT_RANKS = 64
@@ -57,8 +58,9 @@ def check_run(run: Run, ruleset: str) -> None:
     where = str(run.path)
     for check in RUN_CHECKS:
         for finding in check(run):
-            if run.rehearsal and finding.level == "error" and finding.code not in ("not converged", "false status"):
-                finding = replace(finding, level="note", text=finding.text + " (a rehearsal may)")
+            excused = "a rehearsal" if run.rehearsal else "the open division" if run.values.get(DIVISION) == "open" else ""
+            if excused and finding.code in ("fixed value", "evaluation schedule"):
+                finding = replace(finding, level="note", text=f"{finding.text} ({excused} may)")
             run.findings.append(replace(finding, where=where + finding.where))
 
 
