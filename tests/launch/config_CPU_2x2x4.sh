@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The rehearsal's config on two nodes of two ranks, for the tests' tiny model and data.
+# shellcheck source=/dev/null
 source "$(dirname "${BASH_SOURCE[0]}")/../../config_CPU_1x2x4.sh"
 export DGXSYSTEM=CPU_2x2x4
 export DGXNNODES=2

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 from conftest import make_data
+from launch.jobs import run_stops, values
 
 pytestmark = pytest.mark.slurm
-
-
-def events(log: Path) -> list[dict]:
-    """All :::MLLOG lines; each must parse."""
-    return [json.loads(line.partition(":::MLLOG ")[2]) for line in log.read_text().splitlines() if ":::MLLOG " in line]
-
-
-def values(log: Path, key: str) -> list:
-    return [event["value"] for event in events(log) if event["key"] == key]
-
-
-def run_stops(log: Path) -> list[str]:
-    return [event["metadata"]["status"] for event in events(log) if event["key"] == "run_stop"]
 
 
 def run_started(job, trial: int) -> bool:

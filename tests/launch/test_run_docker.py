@@ -1,0 +1,85 @@
+"""scripts/run_docker.sh: the same steps and the same judgement on one node, with a stand-in for docker (bin/docker)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+from launch.jobs import FIRST_SEED, HERE, ROOT, make_files, make_image, processes_with, run_stops, values
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start scripts/run_docker.sh with a payload; its output goes to tmp_path/out."""
+    if os.geteuid() != 0:
+        (pytest.fail if os.environ.get("REQUIRE_SLURM") == "1" else pytest.skip)("not root: the stand-in for docker mounts")
+    make_files(tmp_path)
+    make_image(tmp_path / "an image")
+    mounts = {"/usr": "/usr", sys.base_prefix: "/run/l2ltest/python", sysconfig.get_paths()["purelib"]: "/run/l2ltest/site"}
+
+    def run(payload: str, **changes: str) -> subprocess.Popen:
+        with open(tmp_path / "an image/etc/environment", "a") as f:
+            f.write(f"PAYLOAD={payload}\n")  # docker hands on only what it is told to
+        environment = {
+            "PATH": f"{HERE}/bin:{os.environ['PATH']}",
+            "DOCKER_STATE": str(tmp_path / "docker"),
+            "DATADIR": str(tmp_path / "gov report"),
+            "MODEL": str(tmp_path / "check point"),
+            "LOGDIR": str(tmp_path / "results"),
+            "CONT": str(tmp_path / "an image"),
+            "EXTRA_MOUNTS": ",".join(f"{source}:{target}:ro" for source, target in mounts.items()),
+            "PYTHON": "tests/launch/bin/python",
+            "SEED": str(FIRST_SEED),
+            "DROP_CACHES_COMMAND": "true",
+            "MLPERF_SUBMITTER": "job",
+        } | changes
+        out = open(tmp_path / "out", "w")  # noqa: SIM115 - the process holds it
+        config = tmp_path / "config_CPU_1x2x4.sh"
+        config.write_text(f'source "{ROOT}/{config.name}"\nexport NEXP={len(payload.split())}\n')
+        command = ["scripts/run_docker.sh", config]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+
+    yield run
+    for left in (tmp_path / "docker").glob("*"):  # of a test that failed
+        subprocess.run([HERE / "bin/docker", "rm", "--force", left.name], env={"DOCKER_STATE": str(tmp_path / "docker")})
+
+
+def log(folder: Path, trial: int) -> Path:
+    (found,) = (folder / "results").glob(f"*_{trial}.log")
+    return found
+
+
+def test_trials_are_run_and_judged(start, tmp_path):
+    status = start("pass missed").wait(120)
+    text = (tmp_path / "out").read_text()
+    assert status == 1, text
+    assert "trial 1 finished with status 0: training passed, compliance passed" in text
+    assert "trial 2 finished with status 1: training FAILED (1), compliance FAILED" in text
+    assert values(log(tmp_path, 1), "submission_org") == ["job"]
+    assert values(log(tmp_path, 1), "cache_clear") == [True]
+    assert not list((tmp_path / "docker").iterdir()), "the container is gone"
+
+
+def test_interruption_closes_the_log_and_ends_the_container(start, tmp_path):
+    process = start("hang hang")
+    deadline = time.monotonic() + 60
+    while "block_start" not in (tmp_path / "out").read_text():
+        assert time.monotonic() < deadline, (tmp_path / "out").read_text()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert run_stops(log(tmp_path, 1)) == ["aborted"]
+    assert len(list((tmp_path / "results").glob("*.log"))) == 1
+    assert not list((tmp_path / "docker").iterdir())
+    assert not processes_with("PAYLOAD=hang hang")
+
+
+def test_missing_image(start, tmp_path):
+    assert start("pass", CONT=str(tmp_path / "nowhere")).wait(60) == 1
+    assert "nowhere: the container cannot be made" in (tmp_path / "out").read_text()
