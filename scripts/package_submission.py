@@ -183,9 +183,13 @@ def code_problems(summary: Summary) -> Iterator[str]:
 
 def code_files() -> list[Path]:
     """Tracked files, but those whose names begin with a dot: the repository checker refuses them."""
-    listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=False)
-    paths = (Path(name) for name in listed.stdout.split("\0") if name)
+    paths = (Path(name) for name in _git("ls-files", "-z").split("\0") if name)
     return [p for p in paths if not any(part.startswith(".") for part in p.parts) and (ROOT / p).is_file()]
+
+
+def _git(*arguments: str) -> str:
+    """What git says of this checkout; empty where it is none."""
+    return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=False).stdout
 
 
 # ---- The tree --------------------------------------------------------------------------------------------------------
@@ -220,8 +224,12 @@ def write_instructions(folder: Path, name: str, summary: Summary) -> None:
     source = config["config_filename"]
     code = f'cd "$(dirname "$0")/../{IMPLEMENTATION}"'
     _write(folder / f"{name}_{IMPLEMENTATION}.json", json.dumps(config, indent=2) + "\n")
-    readme = f"# {benchmark.NAME} on {name}\n\nRun setup.sh, init_datasets.sh and run_and_time.sh, in this order.\n"
-    _write(folder / "README.md", f"{readme}The code and its README are in ../{IMPLEMENTATION}; the config is {source}.\n")
+    readme = f"""# {benchmark.NAME} on {name}
+
+Run setup.sh, init_datasets.sh and run_and_time.sh, in this order. They read CONT (image), DATADIR, MODEL and LOGDIR (folders).
+The code is in ../{IMPLEMENTATION} (revision {_git("describe", "--always", "--dirty").strip()}), its config is {source}.
+"""
+    _write(folder / "README.md", readme)
     download = 'scripts/download_dataset.py --data_dir "${DATADIR:?}"\nscripts/download_model.py --model_dir "${MODEL:?}"'
     scripts = {
         "setup.sh": 'docker build --tag "${CONT:?image name}" .',

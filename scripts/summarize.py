@@ -149,7 +149,8 @@ def result_table(result: Result, peak_tflops: float | None) -> Table:
 
 def print_line(console: Console, finding: Finding) -> None:
     style = STYLES[finding.level]
-    console.print(f"[{style}]{finding.level}[/] {escape(finding.where)}: {escape(finding.text)}", soft_wrap=True)
+    where = f"{finding.where}: " if finding.where else ""
+    console.print(f"[{style}]{finding.level}[/] {escape(where + finding.text)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

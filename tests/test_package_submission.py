@@ -61,6 +61,7 @@ def test_tree_passes_the_official_checkers(package: Callable[..., Done], logs: P
     assert (implementations / "nemo/config_DGXH100_1x8x4.sh").is_file()
     instructions = {"README.md", "setup.sh", "init_datasets.sh", "run_and_time.sh", "box_nemo.json"}
     assert {p.name for p in (implementations / "box").iterdir()} == instructions
+    assert re.search(r"revision [0-9a-f]{7}", (implementations / "box/README.md").read_text())
     for script in (implementations / "box").glob("*.sh"):
         subprocess.run(["bash", "-n", script], check=True)
     said = official("package_checker", tree, "training", ruleset, cwd=logs.parent)
