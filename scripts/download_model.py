@@ -94,7 +94,7 @@ def bring(files: list[hub.RemoteFile], repository: hub.Repository, model_dir: Pa
         if problems := hub.verify(file.copies(staging)):
             (staging / file.path).unlink()
             raise hub.HubError(f"{problems[0]}; the file was removed: run the command again")
-    remove_others(staging, {staging / file.path for file in (*plain, *split)})
+    remove_others(staging, {staging / file.path for file in plain} | {staging / file.path for file in split})
     for part in PARTS:
         if (staging / part).exists():
             (staging / part).rename(model_dir / part)
