@@ -29,6 +29,7 @@ export FP8_AMAX_ALGO=max # an outlier is remembered, so nothing is clipped for t
 export FP8_AMAX_HISTORY=32
 export FP8_PARAMS=1 # with bf16 weights beside FP8 copies and their transposes, 69 of 80 GB would be weights
 export FP8_DPA=1    # FP8 attention: 7% of the FLOP at 8,192 tokens, and its saved activations halve
+export FP8_ACT=1    # 9.4 GB less: without it preflight counts 85 of 85.5 GB
 
 # Speed
 export TP_COMM_OVERLAP=1

@@ -108,7 +108,7 @@ def test_rank_grid(changes: dict[str, str], groups: dict[str, tuple[list[int], b
         ({"MAX_STEPS": "100"}, "the first evaluation is after step 192"),
         ({"SEED": "7"}, "seed: 7 for all 10 runs"),
         ({"WALLTIME": "20"}, "WALLTIME=20"),
-        ({"FP8": "0", "FP8_DPA": "0", "FP8_PARAMS": "0", "FP4": "1"}, "H100 has no FP4"),
+        ({"FP8": "0", "FP8_DPA": "0", "FP8_PARAMS": "0", "FP8_ACT": "0", "FP4": "1"}, "H100 has no FP4"),
     ],
 )
 def test_no_go(changed: Callable[..., Path], changes: dict[str, str], expected: str) -> None:
@@ -135,7 +135,7 @@ def test_all_illegal_settings_are_named_together(changed: Callable[..., Path]) -
         ({"MLPERF_DIVISION": "open", "EVAL_SKIP": "0"}, "evaluations skipped: 0"),
         ({"ACCELERATOR": "", "DGXSYSTEM": "XE9680_1x8x4"}, "the GPU is not known"),
         ({"DGXNNODES": "72", "DGXSYSTEM": "DGXH100_72x8x4"}, "GBS 576"),
-        ({"ACCELERATOR": "B200", "TP": "1", "SP": "0", "TP_COMM_OVERLAP": "0"}, "CPU_OFFLOAD_LAYERS="),
+        ({"ACCELERATOR": "B200", "TP": "1", "SP": "0", "TP_COMM_OVERLAP": "0", "FP8_ACT": "0"}, "CPU_OFFLOAD_LAYERS="),
         ({"FP8_PARAM": "1"}, "FP8_PARAM: nothing reads it; is FP8_PARAMS meant?"),
     ],
 )

@@ -134,6 +134,7 @@ def test_fp8_is_delayed_scaling_as_the_config_says(built: dict) -> None:
         "fp8_amax_compute_algo": "max",
         "fp8_dot_product_attention": "True",
         "fp8_param": "True",
+        "activation_func_fp8_input_store": str(built["name"] == "DGXH100_1x8x4"),
         "recompute_granularity": "None",
         "cpu_offloading": "False",
         "tp_comm_overlap": "True",

@@ -47,7 +47,7 @@ class Software:
     """What decides memory but is no setting. The defaults are this project's; PUBLISHED is what submissions ran."""
 
     keeps_transposes: bool = True
-    fp8_swiglu_input: bool = False  # Megatron's activation_func_fp8_input_store
+    fp8_swiglu_input: bool = False  # whatever FP8_ACT says
     keeps_dropout_masks: bool = True  # submissions recompute them
     keeps_bf16_beside_fp4: bool = True
 
@@ -145,7 +145,7 @@ def layer_activations(settings: Settings, shape: LlamaShape, software: Software)
     # The overlap leaves the gathering to the adapter, after its dropout (get_adapter_attributes_from_linear).
     masked = residual if settings.performance.tp_comm_overlap else tokens * shape.hidden
     masks = (masked + out) if settings.optimization.lora_dropout and software.keeps_dropout_masks else 0.0
-    swiglu = FP8 if software.fp8_swiglu_input else BF16
+    swiglu = FP8 if software.fp8_swiglu_input or settings.precision.fp8_swiglu else BF16
     return [
         Item("inputs of both norms", 2 * BF16 * residual, "K"),
         Item("query, key, value", attention * qkv, "K"),

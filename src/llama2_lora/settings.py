@@ -164,6 +164,7 @@ class Precision:
     fp8_amax_history: int = _setting("FP8_AMAX_HISTORY", 4, "Length of the amax history of delayed scaling", parse=_integer, low=1, unit="steps")
     fp8_attention: bool = _setting("FP8_DPA", False, "FP8 dot product attention", parse=_boolean)
     fp8_weights: bool = _setting("FP8_PARAMS", False, "Keep the frozen weights in FP8 only: halves their memory", parse=_boolean)
+    fp8_swiglu: bool = _setting("FP8_ACT", False, "Keep SwiGLU's input for the backward pass in FP8: halves the largest activation", parse=_boolean)
     fp4: bool = _setting("FP4", False, "NVFP4 linear layers (Blackwell)", parse=_boolean)
 
 
@@ -361,7 +362,7 @@ def _precision_problems(s: Settings) -> Iterator[str]:
     p = s.precision
     if p.fp8 and p.fp4:
         yield "FP4=1: contradicts FP8=1: a linear layer has one precision; set one of them to 0"
-    for variable, value in (("FP8_DPA", p.fp8_attention), ("FP8_PARAMS", p.fp8_weights)):
+    for variable, value in (("FP8_DPA", p.fp8_attention), ("FP8_PARAMS", p.fp8_weights), ("FP8_ACT", p.fp8_swiglu)):
         if value and not p.fp8:
             yield f"{variable}=1: needs FP8=1"
     if p.fp8_attention and p.fp8_recipe != "delayed":

@@ -51,6 +51,7 @@ def build_config(settings: Settings, shape: LlamaShape) -> LlamaConfig:
         # cuDNN's attention is the only one with FP8, and ruling out the others makes a silent fall-back an error.
         # Megatron refuses NVTE_FLASH_ATTN and friends from the environment: this field sets them.
         options["attention_backend"] = AttnBackend.fused
+        options["activation_func_fp8_input_store"] = settings.precision.fp8_swiglu
     if shape == LLAMA2_70B:
         return Llama2Config70B(**options)
     return LlamaConfig(
