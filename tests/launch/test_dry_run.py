@@ -1,0 +1,132 @@
+"""What DRY_RUN=1 shows of run.sub and run_docker.sh: every command, nothing done. Needs no Slurm."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PATHS = {"DATADIR": "/my data", "MODEL": "/model", "LOGDIR": "/nowhere/logs", "CONT": "/images/x.sqsh"}
+
+
+def dry_run(line: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    variables = {"PATH": os.environ["PATH"], "HOME": "/tmp", "DRY_RUN": "1", "NEXP": "2"} | PATHS | changes
+    environment = {name: value for name, value in variables.items() if value}
+    return subprocess.run(["bash", "-c", line], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def commands(line: str, **changes: str) -> list[list[str]]:
+    done = dry_run(line, **changes)
+    assert done.returncode == 0, done.stderr
+    programs = ("srun", "sbatch", "docker", "podman", "python", "bash")
+    return [words for text in done.stdout.splitlines() if (words := shlex.split(text)) and words[0] in programs]
+
+
+def training(found: list[list[str]]) -> list[list[str]]:
+    return [words for words in found if words[-1] == "scripts/run_and_time.sh"]
+
+
+SLURM = "source config_DGXH100_8x8x2.sh && bash run.sub"
+DOCKER = "scripts/run_docker.sh config_DGXH100_1x8x4.sh"
+
+
+def test_the_steps_in_order():
+    steps = [
+        "sbatch",
+        "--container-image=/images/x.sqsh",
+        "scripts/preflight.py",
+        "probe",
+        "judge",
+        "scripts/allreduce_bench.py",
+    ]
+    steps += (
+        ["--allreduce"]
+        + 2 * ["drop_caches", "scripts/run_and_time.sh", "mlperf_logging.compliance_checker"]
+        + ["enroot remove"]
+    )
+    found = iter(commands(SLURM))
+    for step in steps:
+        assert any(step in word for words in found for word in words), step
+
+
+def test_ranks_and_container_of_a_training():
+    first, second = training(commands(SLURM))
+    assert first == second, "the seed is a variable"
+    for word in ("--nodes=8", "--ntasks=64", "--ntasks-per-node=8", "--kill-on-bad-exit=1", "--label"):
+        assert word in first
+    (mounts,) = (word for word in first if word.startswith("--container-mounts="))
+    assert mounts.partition("=")[2].split(",")[:3] == ["/my data:/data:ro", "/model:/ckpt:ro", "/nowhere/logs:/results:rw"]
+    (names,) = (word for word in first if word.startswith("--container-env="))
+    listed = names.partition("=")[2].split(",")
+    assert {"LR", "SEED", "MASTER_PORT", "DATA_PATH", "NCCL_NVLS_ENABLE", "PYTORCH_CUDA_ALLOC_CONF"} < set(listed)
+    assert not {"PATH", "HOME", "LD_LIBRARY_PATH", "CONT_MOUNTS"} & set(listed)
+
+
+def test_variables_of_the_shell_that_the_task_needs_are_named():
+    listed = commands(SLURM, NCCL_IB_HCA="mlx5", EVAL_SKIP="1", MYTHING="1")
+    (names,) = (word for word in training(listed)[0] if word.startswith("--container-env="))
+    assert {"NCCL_IB_HCA", "EVAL_SKIP"} < set(names.partition("=")[2].split(","))
+    assert "MYTHING" not in names
+
+
+def test_without_containers():
+    found = commands(SLURM, CONT="none")
+    assert not any("container" in word or "enroot" in word for words in found for word in words)
+    assert f"--chdir={ROOT}" in training(found)[0]
+
+
+@pytest.mark.parametrize(("docker", "gpus"), [("docker", ["--gpus", "all"]), ("podman", ["--device", "nvidia.com/gpu=all"])])
+def test_one_node_without_slurm(docker, gpus):
+    found = commands(DOCKER, DOCKER=docker)
+    create = found[0]
+    assert create[:2] == [docker, "run"]
+    at = create.index(gpus[0])
+    assert create[at : at + 2] == gpus
+    assert create[create.index("/my data:/data:ro") - 1] == "--volume"
+    assert create[-3:] == ["/images/x.sqsh", "sleep", "infinity"]
+    name = create[create.index("--name") + 1]
+    for words in training(found):
+        assert words[:2] == [docker, "exec"]
+        after = words[words.index(name) + 1 :]
+        assert after == [*["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=8", "--no-python"], words[-1]]
+        assert "SEED" in words
+    assert found[-1] == [docker, "rm", "--force", name]
+    assert not any(words[0] == "srun" for words in found)
+
+
+def test_seeds_count_up_from_a_given_one_and_are_else_distinct():
+    def seeds(**changes: str) -> list[str]:
+        return [
+            line.split("seed ")[1].split(",")[0] for line in dry_run(SLURM, **changes).stdout.splitlines() if ": seed " in line
+        ]
+
+    assert seeds(SEED="7", NEXP="3") == ["7", "8", "9"]
+    assert len(set(seeds(NEXP="3"))) == 3
+
+
+def test_nothing_is_written():
+    before = set(ROOT.iterdir())
+    assert dry_run(SLURM).returncode == 0
+    assert not Path(PATHS["LOGDIR"]).exists()
+    assert set(ROOT.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "changes", "problems"),
+    [
+        ("bash run.sub", dict.fromkeys(PATHS, ""), [f"{name}: is not set" for name in (*PATHS, "DGXSYSTEM", "DGXNNODES")]),
+        (SLURM, {"DATADIR": "/a:b", "HEALTH": "on"}, ["DATADIR=/a:b: a colon or comma", "HEALTH=on: must be one of"]),
+        (SLURM, {"SLURM_JOB_NUM_NODES": "4"}, ['the job has 4 nodes; submit with sbatch -N "$DGXNNODES"']),
+        ("scripts/run_docker.sh config_DGXH100_8x8x2.sh", {}, ["DGXNNODES=8: must be 1 without Slurm"]),
+        ("scripts/run_docker.sh nowhere.sh", {}, ["usage:", "nowhere.sh is no file"]),
+    ],
+)
+def test_wrong_use_names_every_problem(line, changes, problems):
+    done = dry_run(line, **changes)
+    assert done.returncode == 2
+    for problem in problems:
+        assert problem in done.stderr
