@@ -230,7 +230,11 @@ Run setup.sh, init_datasets.sh and run_and_time.sh, in this order. They read CON
 The code is in ../{IMPLEMENTATION} (revision {_git("describe", "--always", "--dirty").strip()}), its config is {source}.
 """
     _write(folder / "README.md", readme)
-    download = 'scripts/download_dataset.py --data_dir "${DATADIR:?}"\nscripts/download_model.py --model_dir "${MODEL:?}"'
+    download = (
+        'docker run --rm --volume "${DATADIR:?}:/data/gov_report" --volume "${MODEL:?}:/data/model" "${CONT:?}" bash -euc "\n'
+        "  python scripts/download_dataset.py --data_dir /data/gov_report\n"
+        '  python scripts/download_model.py --model_dir /data/model"'
+    )
     scripts = {
         "setup.sh": 'docker build --tag "${CONT:?image name}" .',
         "init_datasets.sh": download,
