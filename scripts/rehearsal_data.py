@@ -37,8 +37,8 @@ from llama2_lora.grammar import PROMPT, Document
 VOCABULARY = 768  # tokens
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2, as Llama-2 has them
 BEGIN, END = 1, 2
-TOKENIZER_TEXTS = 2000  # documents that it is trained on
-BASE_TOKENS = 600_000
+TOKENIZER_DOCUMENTS = 1000
+BASE_DOCUMENTS = 3500  # at most; 600,000 tokens of generated reports
 WORDS_PER_REPORT = 12  # of a summary, in random order
 ROWS = {"validation": benchmark.EVAL_SEQUENCES, "train": benchmark.TRAIN_SEQUENCES}
 OWN_ROWS = {"validation": benchmark.EVAL_SEQUENCES, "train": benchmark.EVAL_EVERY_SEQUENCES}  # the least that --text must give
@@ -116,7 +116,7 @@ def train_tokenizer(documents: Iterable[Document]) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
     )
-    texts = [PROMPT, *(text for document in islice(documents, TOKENIZER_TEXTS) for text in document)]
+    texts = [PROMPT, *(text for document in islice(documents, TOKENIZER_DOCUMENTS) for text in document)]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", SPECIAL_TOKENS.index("<s>"))]
@@ -147,15 +147,14 @@ def encoded(documents: Iterable[Document], tokenizer: Tokenizer, tokens: int) ->
 
 def base_text(documents: Iterable[Document], tokenizer: Tokenizer, rng: random.Random) -> np.ndarray:
     """Token ids of reports, each followed by words of a summary and of the prompt: words without sentences."""
-    ids: list[int] = []
+    texts: list[str] = []
     words: list[str] = []
     for document in documents:
         words = words or shuffled_words(document.summary + PROMPT.replace("{report}", " "), rng)
         some, words = words[:WORDS_PER_REPORT], words[WORDS_PER_REPORT:]
-        ids += [*tokenizer.encode(f"{document.report}\n{' '.join(some)}").ids, END]
-        if len(ids) >= BASE_TOKENS:
-            break
-    return np.array(ids, dtype=np.uint16)
+        texts.append(f"{document.report}\n{' '.join(some)}")
+    ids = [[*encoding.ids, END] for encoding in tokenizer.encode_batch(texts)]
+    return np.concatenate(ids).astype(np.uint16)
 
 
 def shuffled_words(text: str, rng: random.Random) -> list[str]:
@@ -171,7 +170,7 @@ def make(folder: Path, text: Path | None, seed: int, sequence_length: int) -> No
     """Fill `folder`. ValueError where one's own text is too short."""
     row_characters = round(sequence_length * CHARACTERS_PER_TOKEN)
     parts = own_parts(text, seed, row_characters) if text else generated_parts(seed)
-    base = list(islice(parts["base"], BASE_TOKENS // 100))
+    base = list(islice(parts["base"], BASE_DOCUMENTS))
     tokenizer = train_tokenizer(base)
     save_tokenizer(tokenizer, folder / "tokenizer")
     np.save(folder / "base_text.npy", base_text(base, tokenizer, random.Random(seed)))

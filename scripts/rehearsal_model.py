@@ -38,14 +38,14 @@ SHAPE = {
 STEPS = 600
 ROWS = 8  # per step
 LR, WEIGHT_DECAY, CLIP_NORM = 3e-3, 0.1, 1.0
-THREADS = 2  # fixed: the order of sums, and so the weights, depend on it
+THREADS = 2  # at most: more do not help a model of this size, and the weights' last digits depend on how many
 
 
 def new_model(vocab_size: int, sequence_length: int, seed: int) -> LlamaForCausalLM:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(min(THREADS, torch.get_num_threads()))
     torch.manual_seed(seed)
     # transformers' defaults for <s> and </s> are 1 and 2, as in the tokenizer.
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, max_position_embeddings=sequence_length, **SHAPE))
