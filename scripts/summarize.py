@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -44,6 +45,8 @@ from llama2_lora.run import Finding, figures
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 PIPE_WIDTH = 150  # columns where the output is no terminal
+NARROW = 130  # columns below which a terminal gets only these
+NARROW_COLUMNS = ("run", "status", "minutes", "loss", "sequences", "seq/s", "rules")
 MOST_MESSAGES = 3  # of the official checker, per run
 
 
@@ -97,9 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def watch(arguments: argparse.Namespace) -> Summary:
     """Show the runs as they grow, until as many as the job was to make have ended, or Ctrl-C."""
     summary = judge(arguments.folder, arguments.ruleset)
-    with contextlib.suppress(KeyboardInterrupt), Live(console=Console(stderr=True), auto_refresh=False) as live:
+    console = terminal(sys.stderr)
+    with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
-            tables = [result_table(result, arguments.peak_tflops) for result in summary.results]
+            tables = [result_table(result, arguments.peak_tflops, console.width) for result in summary.results]
             newest = max(summary.runs, key=lambda run: run.path.stat().st_mtime, default=None)
             under_way = newest is None or newest.status in ("never started", "unfinished")
             live.update(Group(*tables, escape(progress_line(newest)) if newest else "no run yet"), refresh=True)
@@ -125,26 +129,31 @@ def print_csv(summary: Summary, peak_tflops: float | None) -> None:
 
 
 def print_summary(summary: Summary, peak_tflops: float | None) -> None:
-    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    console = terminal(sys.stdout)
     if not summary.results:
         console.print(f"no log of {benchmark.NAME} in {escape(str(summary.folder))}")
     for result in summary.results:
-        console.print(result_table(result, peak_tflops))
+        console.print(result_table(result, peak_tflops, console.width))
         console.print(escape(score_line(result)))
     for finding in compliance_findings(summary, MOST_MESSAGES) + summary.all_findings():
         print_line(console, finding)
     console.print(f"\n{verdict_line(summary)}", style="bold")
 
 
-def result_table(result: Result, peak_tflops: float | None) -> Table:
+def result_table(result: Result, peak_tflops: float | None, width: int) -> Table:
+    names = [name for name in COLUMNS if width >= NARROW or name in NARROW_COLUMNS]
     table = Table(title=f"{escape(result.name)}: {escape(config_line(result))}", title_justify="left")
-    for name in COLUMNS:
+    for name in names:
         left = name in ("run", "status", "rules")
         table.add_column(name, justify="left" if left else "right", no_wrap=name != "run", overflow="fold")
     for run in result.runs:
-        style = "" if run.complied and run.converged else "red"
-        table.add_row(*map(escape, cells(figures(run, peak_tflops))), style=style)
+        row = dict(zip(COLUMNS, cells(figures(run, peak_tflops)), strict=True))
+        table.add_row(*(escape(row[name]) for name in names), style="" if run.complied and run.converged else "red")
     return table
+
+
+def terminal(stream: TextIO) -> Console:
+    return Console(file=stream, width=None if stream.isatty() else PIPE_WIDTH, highlight=False)
 
 
 def print_line(console: Console, finding: Finding) -> None:
