@@ -91,8 +91,8 @@ def test_one_node_without_slurm(docker, gpus):
     name = create[create.index("--name") + 1]
     for words in training(found):
         assert words[:2] == [docker, "exec"]
-        after = words[words.index(name) + 1 :]
-        assert after == [*["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=8", "--no-python"], words[-1]]
+        torchrun = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=8", "--no-python"]
+        assert words[words.index(name) + 1 : -1] == torchrun
         assert "SEED" in words
     assert found[-1] == [docker, "rm", "--force", name]
     assert not any(words[0] == "srun" for words in found)
