@@ -25,6 +25,8 @@ from llama2_lora.convert import PARTIAL, convert, verify
 from llama2_lora.huggingface import BASE, open_model
 from llama2_lora.layouts import LAYOUTS
 
+DTYPES = {"bf16": "BF16", "fp32": "F32"}
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -33,6 +35,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--revision", default="main", help="branch, tag or commit of a repository (default: %(default)s)")
     parser.add_argument(
         "--format", choices=LAYOUTS, default="zarr", help="format of weights/; training reads both (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the weights; must be training's, bf16 on GPUs and fp32 on a CPU (default: bf16, or fp32 if the source is)",
     )
     parser.add_argument("--verify", action="store_true", help="then read both sides back and compare every tensor")
     return parser.parse_args(argv)
@@ -43,8 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     output = arguments.output_path
     try:
         source = open_model(arguments.source, arguments.revision)
+        # Llama-2 comes in fp16, which no training uses.
+        source.dtype = DTYPES[arguments.dtype or ("fp32" if source.stored_dtype == "F32" else "bf16")]
         size = source.weight_bytes()
-        print(f"source: {source.folder}, {source.shape.parameters():,} weights in {source.dtype}, {size / 1e9:.1f} GB")
+        print(f"source: {source.folder}, {source.shape.parameters():,} weights in {source.stored_dtype}")
+        print(f"output: {output}, {arguments.format}, {source.dtype}, {size / 1e9:.1f} GB")
         output.mkdir(parents=True, exist_ok=True)
         hub.check_space(output, size - hub.bytes_in(output / PARTIAL) if not (output / "weights").exists() else 0)
         started = time.monotonic()

@@ -1,9 +1,14 @@
 """Load checkpoints (and adapters) with NeMo on the CPU, under several layouts, and write logits and adapters to files.
 
-    torchrun --nproc-per-node=N tests/nemo_model.py JOBS.json
+    torchrun --nproc-per-node=2 tests/nemo_model.py JOBS.json
 
-A job: {"checkpoint", "tp", "pp", "tokens" (.npy, [rows, sequence]), "logits" (.npy to write), "adapter" (to load, may be
-missing), "gathered" (adapter to write), "context" (.json to write: what NeMo builds from the checkpoint's context)}.
+Importing NeMo takes longer than a job, so a test file launches once, for all of its jobs. A job:
+
+    checkpoint, tokens   what to load, and the .npy to feed it, [rows, sequence]
+    logits               .npy to write
+    tp, pp               layout of the two ranks; data parallel where both are 1
+    adapter, gathered    adapter to load, and where to write what the ranks gather of it
+    context              .json to write: what NeMo builds from the checkpoint's context
 """
 
 from __future__ import annotations
@@ -19,11 +24,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 
-def launch(jobs: list[dict], ranks: int, folder: Path) -> None:
-    """Run the jobs in `ranks` processes; raises with the end of their output where one fails."""
-    file = folder / f"jobs_{ranks}.json"
+def launch(jobs: list[dict], folder: Path) -> None:
+    """Run the jobs in two processes (TP=1 and PP=1: data parallel); raises with the end of their output."""
+    file = folder / "jobs.json"
     file.write_text(json.dumps(jobs, default=str))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([*torchrun, __file__, file], env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-6000:]
@@ -105,7 +110,7 @@ def load(checkpoint, shape, tp, pp):
         setup_optimizers=False,
         restore_config=RestoreConfig(path=checkpoint, load_artifacts=False),
     )
-    trainer = nl.Trainer(devices=tp * pp, accelerator="cpu", strategy=strategy, logger=False, enable_checkpointing=False)
+    trainer = nl.Trainer(devices=2, accelerator="cpu", strategy=strategy, logger=False, enable_checkpointing=False)
     model = llm.LlamaModel(config)
     strategy.connect(model)
     strategy.setup_environment()
@@ -147,7 +152,7 @@ def add_adapter(module, arrays, rank, alpha):
 
 
 def forward(module, tokens):
-    """Whole logits, [rows, sequence, vocabulary], on the last stage's first rank; None elsewhere."""
+    """Whole logits, [rows, sequence, vocabulary], on one rank of the last stage; None elsewhere."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -171,7 +176,8 @@ def forward(module, tokens):
         if not parallel_state.is_pipeline_last_stage():
             return None
         whole = gather_from_tensor_model_parallel_region(outputs[0])
-    return whole if parallel_state.get_tensor_model_parallel_rank() == 0 else None
+    first = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_data_parallel_rank() == 0
+    return whole if first else None
 
 
 if __name__ == "__main__":

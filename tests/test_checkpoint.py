@@ -82,6 +82,12 @@ def test_missing_and_misshaped_tensors_are_named(zarr):
     assert "convert_model.py" in str(error.value)
 
 
+def test_dtype_that_training_would_misread_is_named(zarr):
+    check_checkpoint(zarr, TINY, "F32")
+    with pytest.raises(ValueError, match=r"is <f4, training holds it in bfloat16 \(--dtype\)"):
+        check_checkpoint(zarr, TINY, "BF16")
+
+
 def random_adapter(rank: int = 3) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {name: rng.normal(size=dims).astype(np.float32) for name, dims in adapter_shapes(TINY, rank).items()}

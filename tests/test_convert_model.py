@@ -58,7 +58,9 @@ def models(tmp_path_factory):
     for name, options in MODELS.items():
         write_llama(folder / name, **options)
         for format in FORMATS:
-            convert(HFModel(folder / name), folder / f"{name}_{format}", format)
+            source = HFModel(folder / name)
+            source.dtype = "F32"  # the CPU's
+            convert(source, folder / f"{name}_{format}", format)
         with torch.no_grad():
             model = LlamaForCausalLM.from_pretrained(folder / name, dtype=torch.float32).eval()
             np.save(folder / f"{name}.npy", model(torch.from_numpy(tokens)).logits.numpy())
@@ -71,15 +73,10 @@ def job(folder: Path, name: str, format: str, tp: int = 1, pp: int = 1) -> dict:
 
 
 @pytest.fixture(scope="module")
-def one_rank(models):
-    launch([job(models, name, format) for name in MODELS for format in FORMATS], 1, models)
-    return models
-
-
-@pytest.fixture(scope="module")
-def two_ranks(models):
+def nemo(models):
+    jobs = [job(models, name, format) for name in MODELS for format in FORMATS]
     layouts = [(2, 1), (1, 2)]
-    launch([job(models, n, f, *layout) for n in ("fp32", "tied") for f in FORMATS for layout in layouts], 2, models)
+    launch(jobs + [job(models, n, f, *layout) for n in ("fp32", "tied") for f in FORMATS for layout in layouts], models)
     return models
 
 
@@ -91,26 +88,26 @@ def assert_equal_logits(folder: Path, name: str, format: str, tp: int, pp: int) 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", MODELS)
-def test_nemo_computes_what_transformers_computes(one_rank, name, format):
-    assert_equal_logits(one_rank, name, format, 1, 1)
+def test_nemo_computes_what_transformers_computes(nemo, name, format):
+    assert_equal_logits(nemo, name, format, 1, 1)
 
 
 @pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=["TP2", "PP2"])
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", ["fp32", "tied"])
-def test_two_ranks_load_their_shares(two_ranks, name, format, layout):
-    assert_equal_logits(two_ranks, name, format, *layout)
+def test_two_ranks_load_their_shares(nemo, name, format, layout):
+    assert_equal_logits(nemo, name, format, *layout)
 
 
-def test_nemo_builds_model_and_tokenizer_from_the_context(one_rank):
-    assert json.loads((one_rank / "bf16_zarr.json").read_text()) == {
+def test_nemo_builds_model_and_tokenizer_from_the_context(nemo):
+    assert json.loads((nemo / "bf16_zarr.json").read_text()) == {
         "num_layers": "4",
         "hidden_size": "32",
         "ffn_hidden_size": "48",
         "num_query_groups": "2",
         "vocab_size": "72",
-        "params_dtype": "torch.bfloat16",
-        "bf16": "True",
+        "params_dtype": "torch.float32",
+        "bf16": "False",
         "tokenizer": 72,
         "ids": [5, 7],
     }
@@ -161,6 +158,22 @@ def test_tree_is_the_readmes(tmp_path):
     ]
     header = json.loads((model / "weights/module.decoder.layers.mlp.linear_fc1.weight/.zarray").read_text())
     assert (header["dtype"], header["shape"], header["chunks"]) == ("bfloat16", [4, 96, 32], [1, 48, 32])
+
+
+@pytest.mark.parametrize(
+    ("stored", "options", "written"),
+    [("float16", (), "BF16"), ("float32", (), "F32"), ("bfloat16", ("--dtype", "fp32"), "F32")],
+)
+def test_dtype_is_trainings(tmp_path, stored, options, written):
+    import torch
+
+    write_llama(tmp_path / "hf", dtype=stored)
+    done = script("--source", tmp_path / "hf", "--output_path", tmp_path / "out", "--verify", *options)
+    assert done.returncode == 0, done.stderr
+    check_checkpoint(tmp_path / "out", TINY, written)
+    dtype = {"BF16": torch.bfloat16, "F32": torch.float32}[written]
+    expected = weights(TINY, stored)["lm_head.weight"].to(dtype).view(torch.uint8).numpy().tobytes()
+    assert (tmp_path / "out/weights/module.output_layer.weight/0.0").read_bytes() == expected
 
 
 def test_second_call_does_nothing_until_the_source_changes(tmp_path):

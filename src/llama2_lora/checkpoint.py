@@ -20,6 +20,7 @@ from llama2_lora.llama2 import EMBEDDING, LlamaShape, Stack, adapter_shapes, sta
 
 AGAIN = "run scripts/convert_model.py or scripts/download_model.py again"
 PREFIX = "module."  # NeMo's name for the model inside its Lightning module
+ZARR_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "bfloat16"}  # safetensors' names -> zarr's
 ADAPTER_JSON, ADAPTER_TENSORS = "adapter.json", "adapter.safetensors"
 
 
@@ -36,9 +37,11 @@ def read_shape(folder: Path) -> LlamaShape:
     return dataclasses.replace(shape, vocab=header["shape"][0])
 
 
-def check_checkpoint(folder: Path, shape: LlamaShape) -> None:
+def check_checkpoint(folder: Path, shape: LlamaShape, dtype: str | None = None) -> None:
     """ValueError names all that a NeMo checkpoint of a model of this shape lacks, or has in another shape.
 
+    dtype: "BF16" or "F32", in which training holds the weights, to check as well. NeMo's data-parallel ranks share the
+    reading and exchange what they read; in the zarr format another dtype then becomes garbage, without an error.
     Reads names and headers, no weights: a fraction of a second on a network file system.
     """
     folder = Path(folder)
@@ -49,7 +52,7 @@ def check_checkpoint(folder: Path, shape: LlamaShape) -> None:
     weights = folder / "weights"
     match weights_format(folder):
         case "zarr":
-            problems += [problem for stack in stacks(shape) if (problem := _zarr_problem(weights, stack))]
+            problems += [problem for stack in stacks(shape) if (problem := _zarr_problem(weights, stack, dtype))]
         case "torch_dist":
             if not (weights / ".metadata").is_file() or not any(weights.glob("*.distcp")):
                 problems.append("weights/.metadata or weights/*.distcp is missing")
@@ -75,13 +78,15 @@ def _zarr_header(array: Path) -> dict[str, Any] | None:
         return None
 
 
-def _zarr_problem(weights: Path, stack: Stack) -> str | None:
+def _zarr_problem(weights: Path, stack: Stack, dtype: str | None) -> str | None:
     array = weights / (PREFIX + stack.name)
     header = _zarr_header(array)
     if header is None:
         return f"weights/{array.name} is missing"
     if (found := tuple(header["shape"])) != stack.shape:
         return f"weights/{array.name} has the shape {found}, the context asks for {stack.shape}"
+    if dtype and header["dtype"] != ZARR_DTYPES[dtype]:
+        return f"weights/{array.name} is {header['dtype']}, training holds it in {ZARR_DTYPES[dtype]} (--dtype)"
     # A missing chunk would be read as zeros. Other programs may cut other chunks than ours: the header says.
     expected = math.prod(-(-size // piece) for size, piece in zip(found, header["chunks"], strict=True))
     chunks = sum(1 for path in array.iterdir() if path.name[0] != ".")

@@ -26,7 +26,7 @@ def convert(source: HFModel, output: Path, format: str, progress: Progress = lam
     ValueError where `output` holds a checkpoint of other origin; one from the same source, which has changed since, is
     replaced.
     """
-    provenance = {"source": source.name, "format": format, "files": source.fingerprint()}
+    provenance = {"source": source.name, "format": format, "dtype": source.dtype, "files": source.fingerprint()}
     if _is_there(output, provenance):
         return False
     partial = output / PARTIAL

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from llama2_lora.checkpoint import read_adapter
-from llama2_lora.huggingface import DTYPE_BYTES, HFModel
+from llama2_lora.huggingface import DTYPE_BYTES, HFModel, from_float32, to_float32
 from llama2_lora.llama2 import PROJ, QKV, Block, LlamaShape, blocks, hf_tensors
 
 TARGETS = {"linear_qkv": QKV, "linear_proj": PROJ}
@@ -93,20 +93,6 @@ def _merged(source: HFModel, name: str, matrices: tuple[np.ndarray, np.ndarray] 
         part = b[first : first + MERGED_ROWS]
         weight = to_float32(b"".join(source.read(Block(name, first, len(part)))), source.dtype).reshape(len(part), -1)
         yield from_float32(weight + scale * (part.astype(np.float32) @ a.astype(np.float32)), source.dtype)
-
-
-def to_float32(data: bytes, dtype: str) -> np.ndarray:
-    if dtype == "BF16":  # the upper half of a float32
-        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-    return np.frombuffer(data, {"F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32)
-
-
-def from_float32(values: np.ndarray, dtype: str) -> bytes:
-    """Rounds to nearest, ties to even, as torch does."""
-    if dtype == "BF16":
-        bits = np.ascontiguousarray(values, "<f4").view("<u4")
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
-    return values.astype({"F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
 
 
 def _header(source: HFModel, names: list[str]) -> bytes:

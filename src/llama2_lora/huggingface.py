@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import huggingface_hub
+import numpy as np
 
 from llama2_lora import hub
 from llama2_lora.llama2 import Block, LlamaShape, hf_tensors
@@ -59,10 +60,15 @@ class HFModel:
             raise ValueError(f"{self.folder} has no tokenizer: neither tokenizer.json nor tokenizer.model is there")
         self.files = _weight_files(self.folder)
         self.tensors = {name: tensor for file in self.files for name, tensor in _list_tensors(file).items()}
-        self.dtype = self._check()
+        self.stored_dtype = self._check()
+        self.dtype = self.stored_dtype  # what read() gives; set it to another one to convert while reading
 
     def read(self, block: Block) -> Iterator[bytes]:
-        """The bytes of a block, in pieces of at most PIECE_BYTES."""
+        """The bytes of a block, in pieces of at most 2 * PIECE_BYTES."""
+        pieces = self._stored(block)
+        return pieces if self.dtype == self.stored_dtype else (cast(p, self.stored_dtype, self.dtype) for p in pieces)
+
+    def _stored(self, block: Block) -> Iterator[bytes]:
         tensor = self.tensors[block.tensor]
         row_bytes = math.prod(tensor.shape[1:]) * DTYPE_BYTES[tensor.dtype]
         left = block.rows * row_bytes
@@ -70,11 +76,11 @@ class HFModel:
             yield from _read_bin(tensor.file, block)
             return
         # Opened anew for each block: mapped or held files count as this process's memory.
-        with tensor.file.open("rb", buffering=0) as file:
+        with tensor.file.open("rb") as file:
             file.seek(tensor.offset + block.first * row_bytes)
             while left:
                 piece = file.read(min(left, PIECE_BYTES))
-                if not piece:
+                if len(piece) < min(left, PIECE_BYTES):
                     raise ValueError(f"{tensor.file} ends inside {block.tensor}: it was changed while it was read")
                 left -= len(piece)
                 yield piece
@@ -114,6 +120,24 @@ class HFModel:
             more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise ValueError(f"{self.folder}: {'; '.join(problems[:5])}{more}")
         return dtypes.pop()
+
+
+def cast(data: bytes, old: str, new: str) -> bytes:
+    return from_float32(to_float32(data, old), new)
+
+
+def to_float32(data: bytes, dtype: str) -> np.ndarray:
+    if dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    return np.frombuffer(data, {"F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32)
+
+
+def from_float32(values: np.ndarray, dtype: str) -> bytes:
+    """Rounds to nearest, ties to even, as torch does."""
+    if dtype == "BF16":
+        bits = np.ascontiguousarray(values, "<f4").view("<u4")
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
+    return values.astype({"F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
 
 
 def open_model(source: str, revision: str = "main") -> HFModel:

@@ -18,13 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llama2_lora.checkpoint import PREFIX
+from llama2_lora.checkpoint import PREFIX, ZARR_DTYPES
 from llama2_lora.context import TORCH_DTYPES
 from llama2_lora.huggingface import HFModel
 from llama2_lora.llama2 import FINAL_NORM, Chunk, LlamaShape, Stack, chunks, stacks
 
 Progress = Callable[[int], None]  # called with the bytes done since the last call
-ZARR_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "bfloat16"}
 # Modules of Transformer Engine that keep a state of their own, in every layer; so does the final norm.
 STATEFUL = (
     "mlp.linear_fc1",

@@ -51,7 +51,7 @@ def adapter_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Para
 
 def gather_adapter(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """All adapter matrices, whole, fp32 on the CPU; complete on rank 0. Every rank must call it."""
-    mine = {name: _unshard(weight.detach()).float().cpu() for name, weight in adapter_weights(model)}
+    mine = {name: _unshard(weight).float().cpu() for name, weight in adapter_weights(model)}
     stages: list[dict] = [{} for _ in range(parallel_state.get_pipeline_model_parallel_world_size())]
     torch.distributed.all_gather_object(stages, mine, group=parallel_state.get_pipeline_model_parallel_group())
     return {name: tensor for stage in stages for name, tensor in stage.items()}
@@ -78,11 +78,12 @@ def _shard(full: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
     return full.chunk(tp, dim)[rank]
 
 
-def _unshard(weight: torch.Tensor) -> torch.Tensor:
-    if (dim := _tp_dimension(weight)) is None:
-        return weight
-    shards = [torch.empty_like(weight) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
-    torch.distributed.all_gather(shards, weight.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+def _unshard(weight: torch.nn.Parameter) -> torch.Tensor:
+    shard = weight.detach()
+    if (dim := _tp_dimension(weight)) is None:  # asked of the parameter: a detached tensor has lost Megatron's attributes
+        return shard
+    shards = [torch.empty_like(shard) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
+    torch.distributed.all_gather(shards, shard.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
     return torch.cat(shards, dim)
 
 
