@@ -213,15 +213,19 @@ def _libraries(settings: Settings, shape: LlamaShape) -> list[Item]:
 
 def what_would_fit(settings: Settings, shape: LlamaShape, accelerator: Accelerator) -> str | None:
     """The cheapest settings, in time, with which the config would fit; None where none of them does."""
-    for variables, performance in _savings(settings, shape):
-        changed = replace(settings, performance=replace(settings.performance, **performance))
+    for variables, changed in _savings(settings, shape):
         if memory_per_gpu(changed, shape, accelerator).verdict in ("fits", "tight"):
             return variables
     return None
 
 
-def _savings(settings: Settings, shape: LlamaShape) -> Iterator[tuple[str, dict[str, Any]]]:
+def _savings(settings: Settings, shape: LlamaShape) -> Iterator[tuple[str, Settings]]:
+    def changed(**performance: Any) -> Settings:
+        return replace(settings, performance=replace(settings.performance, **performance))
+
+    if settings.precision.fp8 and not settings.precision.fp8_swiglu:
+        yield "FP8_ACT=1", replace(settings, precision=replace(settings.precision, fp8_swiglu=True))
     if settings.parallel.pp == 1:
         for layers in range(1, shape.layers // 2 + 1):  # the host link is too slow for more
-            yield f"CPU_OFFLOAD_LAYERS={layers}", {"offload_layers": layers, "recompute": "none"}
-    yield "RECOMPUTE=full", {"recompute": "full", "offload_layers": 0}
+            yield f"CPU_OFFLOAD_LAYERS={layers}", changed(offload_layers=layers, recompute="none")
+    yield "RECOMPUTE=full", changed(recompute="full", offload_layers=0)
