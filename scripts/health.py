@@ -6,7 +6,7 @@
 
 `probe` prints one line of JSON. `judge` prints a table of what is bad or could not be checked and exits 1 when
 the job must not go on: with --mode fail for any bad finding, otherwise for missing or differing files alone.
-Thresholds and their reasons are in src/llama2_lora/health.py.
+Thresholds and their reasons are in src/llama2_lora/fitness.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-from llama2_lora import health
+from llama2_lora import fitness, health
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -35,7 +35,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     judge.add_argument("--gpus", type=int, required=True, help="GPUs per node")
     judge.add_argument("--accelerator", default="", help="GPU model, such as H100")
     judge.add_argument("--allreduce", type=Path, help="output of allreduce_bench.py: judge that instead of the nodes")
-    judge.add_argument("--allreduce-floor", type=float, help="GB/s; default: by accelerator")
     for command in (probe, judge):
         command.add_argument("--nodes", type=int, default=1, help="nodes of the job")
         command.add_argument("--platform", choices=("gpu", "cpu"), default="gpu")
@@ -53,12 +52,13 @@ def measured_bandwidth(path: Path) -> float | None:
     return float(found[-1]) if found else None
 
 
-def show(findings: list[health.Finding], mode: str) -> None:
-    shown = [f for f in findings if f.verdict == health.BAD or (mode != "off" and f.verdict == health.UNKNOWN)]
-    for f in shown:
-        print(f"{f.verdict:12}{f.node:20}{f.check:16}{f.detail}")
-    counts = [f"{sum(f.verdict == verdict for f in findings)} {verdict}" for verdict in (health.OK, health.BAD, health.UNKNOWN)]
-    print("checks:", ", ".join(counts))
+def show(findings: list[fitness.Finding], mode: str) -> None:
+    """What is bad or not checked, and what all nodes have in common."""
+    for f in findings:
+        if f.verdict == fitness.BAD or f.node == "job" or (mode != "off" and f.verdict == fitness.UNKNOWN):
+            print(f"{f.verdict:12}{f.node:20}{f.check:18}{f.detail}")
+    verdicts = (fitness.OK, fitness.BAD, fitness.UNKNOWN)
+    print("checks:", ", ".join(f"{sum(f.verdict == verdict for f in findings)} {verdict}" for verdict in verdicts))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,16 +69,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         if args.allreduce:
-            findings = [
-                health.judge_allreduce(measured_bandwidth(args.allreduce), args.nodes, args.accelerator, args.allreduce_floor)
-            ]
+            findings = [fitness.judge_allreduce(measured_bandwidth(args.allreduce), args.nodes, args.accelerator)]
         else:
-            findings = health.judge(read_probes(args.probes), args.nodes, args.gpus, args.platform, args.accelerator)
+            findings = fitness.judge(read_probes(args.probes), args.nodes, args.gpus, args.platform, args.accelerator)
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {args.probes}: cannot be judged: {error}", file=sys.stderr)
         return 2
     show(findings, args.mode)
-    return health.exit_status(findings, args.mode)
+    return fitness.exit_status(findings, args.mode)
 
 
 if __name__ == "__main__":
