@@ -6,6 +6,7 @@ python benchmarks/summarize.py LOGDIR [copies]     LOGDIR: ten logs; 100 copies 
 from __future__ import annotations
 
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -27,11 +28,13 @@ def main() -> None:
                     text = re.sub(r'"seed", "value": (\d+)', rf'"seed", "value": \g<1>{copy}', log.read_text())
                     Path(target, f"result_{copy}_{log.name}").write_text(text)
             for options in ([], ["--html", str(Path(folder, "page.html"))]):
-                started = time.perf_counter()
+                started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
                 command = [sys.executable, SCRIPT, folder, "--json", *options]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 seconds = time.perf_counter() - started
-                print(f"{copies * len(logs)} logs, {layout}, {options[:1]}: {seconds:.1f} s, exit {done.returncode}")
+                cpu = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+                what = f"{copies * len(logs)} logs, {layout}, {' '.join(options[:1]) or 'JSON alone'}"
+                print(f"{what}: {seconds:.1f} s, {cpu:.1f} s of CPU, exit {done.returncode}")
 
 
 if __name__ == "__main__":
