@@ -14,7 +14,7 @@ from llama2_lora.published import envelope
 from llama2_lora.results import Result
 from llama2_lora.run import Run
 
-WIDTH, HEIGHT = 560, 320
+WIDTH, HEIGHT = 460, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 44
 BAR_PIXELS = 18  # per run in the time chart
 Point = tuple[float, float]
@@ -106,8 +106,9 @@ def loss_chart(result: Result) -> str:
     points = [point for run in result.runs for point in run.evaluations]
     if not points:
         return ""
-    end = max(s for s, _ in points)
-    published = [row for row in published if row.sequences <= end * 1.1]
+    usual = next((row.sequences for row in published if row.share_converged >= 0.5), 0)
+    end = max(usual, *(s * 1.1 for s, _ in points))
+    published = [row for row in published if row.sequences <= end]
     losses = [loss for _, loss in points] + [benchmark.TARGET_LOSS]
     losses += [v for row in published for v in (row.p05, row.p95)]
     sequences = [s for s, _ in points] + [row.sequences for row in published]

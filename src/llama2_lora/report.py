@@ -156,7 +156,7 @@ body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var
 h1 { font-size: 1.35rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 #verdict { font-weight: 600; padding: .5rem .8rem; border-left: 4px solid } .good { color: var(--good) }
 .bad, .error b { color: var(--bad) } .score { font-weight: 600 } .small { color: var(--soft); font-size: .85rem }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 1rem }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 1rem }
 figure { margin: 0 } figcaption { color: var(--soft) } svg.chart { width: 100%; height: auto }
 svg text { font-size: 12px; fill: var(--soft) } svg .mid { text-anchor: middle } svg .end { text-anchor: end }
 svg .small { font-size: 11px } svg polyline { fill: none } .grid { stroke: var(--line) }
