@@ -32,7 +32,7 @@ class HubServer(ThreadingHTTPServer):
 
     def __init__(self, repository: str, files: dict[str, bytes], type: str = "model", gated: bool = False) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repository, self.files, self.type, self.gated = repository, files, type, gated
+        self.repository, self.files, self.type, self.gated, self.commit = repository, files, type, gated, COMMIT
         self.dropped: Counter[str] = Counter()
         self.truncated: Counter[str] = Counter()
         self.wrong: Counter[str] = Counter()
@@ -59,10 +59,12 @@ class HubServer(ThreadingHTTPServer):
         fixed = {"PATH": os.environ["PATH"], "HOME": str(home), "HF_HOME": str(home / "hf"), "OMP_NUM_THREADS": "1"}
         return fixed | {"HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}"} | changes
 
+    def command(self, script: str, *arguments: object) -> list[str]:
+        return [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
+
     def run(self, script: str, *arguments: object, home: Path, **changes: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, ROOT / "scripts" / script, *arguments]
         environment = self.environment(home, **changes)
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(self.command(script, *arguments), env=environment, capture_output=True, text=True, timeout=120)
         assert "Traceback" not in result.stderr, result.stderr
         assert TOKEN not in result.stdout + result.stderr
         return result
@@ -94,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         if match := re.fullmatch(rf"/api/{hub.type}s/{hub.repository}/(revision|tree)/([^/]+)", path):
             self.listing(*match.groups())
-        elif match := re.fullmatch(rf"/{prefix}{hub.repository}/resolve/{COMMIT}/(.+)", path):
+        elif match := re.fullmatch(rf"/{prefix}{hub.repository}/resolve/{hub.commit}/(.+)", path):
             self.file(match[1])
         else:  # as the hub answers those without a token, so as not to tell which names exist
             self.error(401, "RepoNotFound")
@@ -120,10 +122,10 @@ class Handler(BaseHTTPRequestHandler):
         hub = self.server
         if self.refused(""):
             return
-        if revision not in ("main", COMMIT):
+        if revision not in ("main", hub.commit):
             self.error(404, "RevisionNotFound")
         elif what == "revision":
-            self.reply(200, json.dumps({"id": hub.repository, "sha": COMMIT, "siblings": []}).encode())
+            self.reply(200, json.dumps({"id": hub.repository, "sha": hub.commit, "siblings": []}).encode())
         else:
             self.reply(200, json.dumps([self.entry(path) for path in hub.files]).encode())
 
@@ -147,7 +149,7 @@ class Handler(BaseHTTPRequestHandler):
             data = data[:-1] + bytes([data[-1] ^ 1])
         if match := re.match(r"bytes=(\d+)-", self.headers.get("Range", "")):
             first = int(match[1])
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hub.etag(path)}"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": hub.commit, "ETag": f'"{hub.etag(path)}"', "Accept-Ranges": "bytes"}
         if first:
             headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
         self.reply(206 if first else 200, data[first:], headers, path)

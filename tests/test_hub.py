@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_server import COMMIT, ROOT, TOKEN, HubServer
+from hub_server import COMMIT, TOKEN, HubServer
 
 from llama2_lora import hub
 
@@ -28,6 +28,10 @@ LARGE = "weights/module.large/0.0"
 def server():
     with HubServer("someone/llama-nemo", dict(FILES)) as server:
         yield server
+
+
+def command(server: HubServer, tmp_path: Path) -> list[str]:
+    return server.command("download_model.py", "--model_dir", tmp_path / "model", "--repository", "someone/llama-nemo")
 
 
 def fetch(server: HubServer, tmp_path: Path, **changes: str) -> subprocess.CompletedProcess[str]:
@@ -111,10 +115,7 @@ def test_no_hub(server: HubServer, tmp_path: Path) -> None:
 def test_kill_in_the_middle_leaves_no_checkpoint_and_the_next_call_goes_on(server: HubServer, tmp_path: Path) -> None:
     server.files[LARGE] = bytes(24_000_000)  # the hub's library writes 10 MiB at a time
     server.pause_at[LARGE] = 12_000_000
-    command = [sys.executable, ROOT / "scripts/download_model.py", "--repository", "someone/llama-nemo"]
-    process = subprocess.Popen(
-        [*command, "--model_dir", tmp_path / "model"], env=server.environment(tmp_path), stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command(server, tmp_path), env=server.environment(tmp_path), stderr=subprocess.DEVNULL)
     assert server.paused.wait(30)
     deadline = time.monotonic() + 30
     while hub.bytes_in(tmp_path / "model/.download") < 10_000_000:
@@ -159,26 +160,16 @@ def test_a_disk_that_fills_up_in_the_middle(server: HubServer, tmp_path: Path) -
     arriving = tmp_path / "model/.download/.cache"
     arriving.mkdir(parents=True)
     mount = ["sh", "-c", 'mount -t tmpfs -o size=1m tmpfs "$1" && shift && exec "$@"', "sh", arriving]
-    command = [sys.executable, ROOT / "scripts/download_model.py", "--repository", "someone/llama-nemo"]
-    result = subprocess.run(
-        [*namespace, *mount, *command, "--model_dir", tmp_path / "model"],
-        env=server.environment(tmp_path),
-        capture_output=True,
-        text=True,
-    )
+    run = dict(env=server.environment(tmp_path), capture_output=True, text=True)
+    result = subprocess.run([*namespace, *mount, *command(server, tmp_path)], **run)
     assert "the disk is full: free some space and run the command again" in refusal(result)
     assert not (tmp_path / "model/weights").exists()
 
 
 def test_a_quota_in_the_middle(server: HubServer, tmp_path: Path) -> None:
     """A limit on file size stands for a quota: it needs no root, and the check beforehand does not see it."""
-    limit = ["prlimit", "--fsize=1000000", sys.executable, ROOT / "scripts/download_model.py"]
-    result = subprocess.run(
-        [*limit, "--model_dir", tmp_path / "model", "--repository", "someone/llama-nemo"],
-        env=server.environment(tmp_path),
-        capture_output=True,
-        text=True,
-    )
+    run = dict(env=server.environment(tmp_path), capture_output=True, text=True)
+    result = subprocess.run(["prlimit", "--fsize=1000000", *command(server, tmp_path)], **run)
     assert "the disk is full" in refusal(result)
     assert fetch(server, tmp_path).returncode == 0
     assert_complete(tmp_path / "model")

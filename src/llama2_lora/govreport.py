@@ -167,9 +167,10 @@ def open_split(path: Path, sequence_length: int, vocab_size: int, rows: int | No
 
 def check_rows(ids_NS: np.ndarray, mask_NS: np.ndarray, vocab_size: int, first_row: int = 0) -> None:
     """ValueError where an id is outside [0, vocab_size), a mask is not 0 or 1, or a row scores no target."""
-    highest = int(ids_NS.max(initial=0))
-    if highest >= vocab_size or ids_NS.min(initial=0) < 0:
-        raise ValueError(f"token id {highest}: must be below the vocabulary of {vocab_size}; another tokenizer made it")
+    lowest, highest = int(ids_NS.min(initial=0)), int(ids_NS.max(initial=0))
+    if lowest < 0 or highest >= vocab_size:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"token id {wrong}: must be below the vocabulary of {vocab_size}; another tokenizer made it")
     if mask_NS.max(initial=0) > 1:
         raise ValueError(f"loss_mask has the value {mask_NS.max()}: must be 0 or 1")
     scored = _has_scored_target(mask_NS)
