@@ -1,0 +1,30 @@
+# The image for run.sub and run_docker.sh. No data, no secrets; run.sub mounts the tree it was submitted from over the copy here.
+#   docker build --build-arg REVISION="$(git rev-parse HEAD)" -t llama2_lora .
+#   docker build --build-arg BASE=debian:12 -t llama2_lora:cpu .      rehearsal and preparation scripts, no GPU
+# Enroot: enroot import -o llama2_lora.sqsh dockerd://llama2_lora
+# The default base is nearest to the pins: torch 2.9, Transformer Engine 2.9, megatron-core 0.15.0 and NeMo 2.6.0, of which the
+# last two are brought to the pinned versions.
+ARG BASE=nvcr.io/nvidia/nemo:25.11
+FROM ${BASE}
+
+WORKDIR /workspace/ft-llm
+# The packages first: a change of the code does not install them anew
+COPY requirements.txt requirements-cpu.txt ./
+COPY scripts/install_image.sh scripts/setup_env.sh scripts/
+RUN scripts/install_image.sh
+COPY . .
+
+# Works for any user and on a read-only root: all that libraries cache goes to /tmp
+ENV PATH=/opt/llama2_lora/bin:${PATH} \
+    HOME=/tmp \
+    XDG_CACHE_HOME=/tmp/cache \
+    HF_HOME=/tmp/cache/huggingface \
+    MPLCONFIGDIR=/tmp/cache/matplotlib \
+    NUMBA_CACHE_DIR=/tmp/cache/numba \
+    TORCHINDUCTOR_CACHE_DIR=/tmp/cache/inductor \
+    TRITON_CACHE_DIR=/tmp/cache/triton \
+    PYTHONDONTWRITEBYTECODE=1
+
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="llama2_70b_lora" \
+      org.opencontainers.image.revision="${REVISION}"

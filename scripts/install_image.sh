@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# What the Dockerfile runs as root in the base: on one with torch, the pinned packages beside its torch and Transformer Engine; on
+# any other (Debian 12, or an image with Python 3.11), the CPU environment of the rehearsal in /opt/llama2_lora.
+set -euo pipefail
+
+readonly TE_VERSION=2.9.0 # what megatron-core 0.15 pins
+export PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+
+# Packages that belong to the base's CUDA and driver, as NAME==VERSION
+kept() {
+  python - <<'P'
+import importlib.metadata, re
+
+names = re.compile(r"torch|torchvision|torchaudio|triton|pytorch[-_]triton|flash[-_]attn|transformer[-_]engine.*|nvidia[-_].*", re.I)
+print(*sorted({f"{d.name}=={d.version}" for d in importlib.metadata.distributions() if names.fullmatch(d.name or "")}), sep="\n")
+P
+}
+
+# A file system without a GPU cannot import Transformer Engine everywhere, so its version is read and not tried.
+install_transformer_engine() {
+  if kept | grep -qiE "^transformer[-_]engine==${TE_VERSION%.*}([.+]|$)"; then
+    return
+  fi
+  # Hopper and Blackwell alone: every further architecture adds minutes and gigabytes
+  NVTE_FRAMEWORK=pytorch NVTE_CUDA_ARCHS="90;100;103" \
+    python -m pip install --no-build-isolation --no-deps "transformer_engine==${TE_VERSION}" \
+    "transformer_engine_cu13==${TE_VERSION}" "transformer_engine_torch==${TE_VERSION}"
+}
+
+install_beside_torch() {
+  local before
+  before="$(mktemp)"
+  kept | grep -viE '^transformer[-_]engine' >"${before}"
+  # NVIDIA's images set PIP_CONSTRAINT to pins of their own, which contradict ours
+  PIP_CONSTRAINT="${before}" python -m pip install -r requirements.txt
+  install_transformer_engine
+  if ! diff "${before}" <(kept | grep -viE '^transformer[-_]engine'); then
+    printf 'error: the base'\''s packages above were replaced\n' >&2
+    exit 1
+  fi
+}
+
+install_cpu() {
+  if ! python3 -c 'import ensurepip' 2>/dev/null; then
+    apt-get update
+    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3 python3-venv
+    rm -rf /var/lib/apt/lists/*
+  fi
+  VENV=/opt/llama2_lora scripts/setup_env.sh
+}
+
+main() {
+  cd "$(dirname "${BASH_SOURCE[0]}")/.."
+  if python -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then
+    install_beside_torch
+  else
+    install_cpu
+  fi
+}
+
+main "$@"
