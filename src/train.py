@@ -7,11 +7,11 @@ Started by scripts/run_and_time.sh, once per GPU. Read on in settings.py, traini
 from __future__ import annotations
 
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
 from llama2_lora.checkpoint import check_checkpoint, read_shape
-
 from llama2_lora.mlperf_log import MLPerfLog
 from llama2_lora.settings import Settings, SettingsError, check_paths
 
@@ -36,16 +36,18 @@ def main() -> int:
 
 def train(settings: Settings, shape, log: MLPerfLog) -> bool:
     """Build everything and fit. Returns whether the run reached the target loss."""
+    warnings.simplefilter("ignore")  # hundreds of lines a rank in which libraries talk about themselves; errors stay
     from llama2_lora.training import recipe
     from llama2_lora.training.callback import MLPerfCallback
     from llama2_lora.training.data import GovReport
-    from llama2_lora.training.launch import no_garbage_collection, rendezvous, save_adapter, shared_seed
+    from llama2_lora.training.launch import no_garbage_collection, quiet_libraries, rendezvous, save_adapter, shared_seed
 
     if settings.system.platform == "cpu":
         from llama2_lora.training.cpu import cpu_platform as platform
     else:
         platform = nullcontext
 
+    quiet_libraries()
     with platform():
         store = rendezvous(settings)
         seed = shared_seed(settings, store)

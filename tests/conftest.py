@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,6 +124,43 @@ def run_training(environment: dict[str, str], ranks: int = 1, timeout: float = 3
         text=True,
         timeout=timeout,
     )
+
+
+def train_here(environment: dict[str, str], log: Any = None) -> bool:
+    """train.py's `train` in this process, so that several runs share one import of NeMo. Returns whether it converged.
+
+    torchrun's own store would hold the keys of the run before: every run needs a MASTER_PORT of its own.
+    """
+    os.environ.update(environment | {"TORCHELASTIC_USE_AGENT_STORE": "False"})
+    from train import train
+
+    from llama2_lora.checkpoint import read_shape
+    from llama2_lora.mlperf_log import MLPerfLog
+    from llama2_lora.settings import Settings
+
+    settings = Settings.from_env()
+    log = log or MLPerfLog(settings.system.rank)
+    log.init_start()
+    try:
+        return train(settings, read_shape(Path(settings.run.checkpoint_path)), log)
+    finally:
+        _forget_the_run()
+
+
+def _forget_the_run() -> None:
+    """Megatron keeps one run's groups and batch sizes per process."""
+    import torch
+    from megatron.core import num_microbatches_calculator, parallel_state
+
+    parallel_state.destroy_model_parallel()
+    num_microbatches_calculator.destroy_num_microbatches_calculator()
+    torch.distributed.destroy_process_group()
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
 
 
 def events(text: str, key: str | None = None) -> list[dict]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Tiny, clean_environment, values
+from conftest import ROOT, Tiny, clean_environment, free_port, train_here, values
 
 TOLERANCE = 1e-5
 STEPS = 20
@@ -35,49 +34,19 @@ FOUR_RANKS = {
 
 def worker(environments: dict[str, dict[str, str]]) -> None:
     """Train once per environment; a line before each run says which."""
-    sys.path.insert(0, str(ROOT / "src"))
-    from train import train
-
-    from llama2_lora.checkpoint import read_shape
-    from llama2_lora.mlperf_log import MLPerfLog
-    from llama2_lora.settings import Settings
-
     for name, environment in environments.items():
-        os.environ.update(environment)
-        settings = Settings.from_env()
-        log = MLPerfLog(settings.system.rank)
-        log.init_start()
-        if settings.system.rank == 0:
+        if os.environ["RANK"] == "0":
             print(f"layout {name}", flush=True)
-        train(settings, read_shape(Path(settings.run.checkpoint_path)), log)
-        forget_the_run()
-
-
-def forget_the_run() -> None:
-    """Megatron keeps one run's groups and batch sizes per process."""
-    import torch
-    from megatron.core import num_microbatches_calculator, parallel_state
-
-    torch.distributed.barrier()
-    parallel_state.destroy_model_parallel()
-    num_microbatches_calculator.destroy_num_microbatches_calculator()
-    torch.distributed.destroy_process_group()
-
-
-def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
+        train_here(environment)
 
 
 def run_layouts(tiny: Tiny, results: Path, layouts: dict[str, dict[str, str]], ranks: int) -> dict[str, str]:
     """Run the worker on `ranks` processes; return each layout's log."""
     short = {"MAX_STEPS": str(STEPS), "EVAL_EVERY_SEQUENCES": "40", "LORA_DROPOUT": "0", "DGXNGPU": str(ranks)}
     environments = {
-        name: tiny.environment(results, **(short | layout)) | {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": free_port()}
-        for name, layout in layouts.items()
+        name: tiny.environment(results, **(short | layout)) | {"MASTER_PORT": free_port()} for name, layout in layouts.items()
     }
-    unset = {name: default for name, default in (("TP", "1"), ("PP", "1"), ("CP", "1"), ("SP", "0"))}
+    unset = {"TP": "1", "PP": "1", "CP": "1", "SP": "0"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
         [*torchrun, __file__, json.dumps({name: unset | environment for name, environment in environments.items()})],

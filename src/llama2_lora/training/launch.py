@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from nemo.utils import logging as nemo_logging
 
 from llama2_lora.checkpoint import write_adapter
 from llama2_lora.llama2 import LlamaShape
@@ -17,6 +19,13 @@ from llama2_lora.settings import INT32, Settings
 from llama2_lora.training.lora import gather_adapter
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
+
+
+def quiet_libraries() -> None:
+    """Let NeMo, Lightning and Megatron log errors only: what a run has to say is in its MLPerf log."""
+    nemo_logging.setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric", "megatron.core", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def rendezvous(settings: Settings) -> torch.distributed.Store:

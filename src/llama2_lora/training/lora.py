@@ -35,7 +35,7 @@ class SeededLoRA(LoRA):
         model = super().__call__(model)
         for name, weight in adapter_weights(model):
             if name.endswith("linear_in.weight") and not weight.is_meta:
-                weight.data.copy_(_shard(_kaiming_uniform(self.seed, name, _full_shape(weight)), weight))
+                weight.data.copy_(_shard(initial_a(self.seed, name, _full_shape(weight)), weight))
         return model
 
 
@@ -87,8 +87,8 @@ def _unshard(weight: torch.nn.Parameter) -> torch.Tensor:
     return torch.cat(shards, dim)
 
 
-def _kaiming_uniform(seed: int, name: str, shape: list[int]) -> torch.Tensor:
-    """U(-1/sqrt(in), 1/sqrt(in)): Kaiming uniform with a = sqrt(5), as LoRA's reference code starts A."""
+def initial_a(seed: int, name: str, shape: list[int]) -> torch.Tensor:
+    """U(-1/sqrt(in), 1/sqrt(in)), [r, in], fp32: Kaiming uniform with a = sqrt(5), as LoRA's reference code starts A."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little"))
     return torch.empty(shape, device="cpu").uniform_(-1.0, 1.0, generator=generator) / shape[1] ** 0.5

@@ -1,0 +1,88 @@
+"""Training and evaluation against transformers and PEFT: ten LoRA steps and the eval loss agree to 1e-5."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SEQUENCE, TRAIN_ROWS, VOCAB, Tiny, run_training, values
+
+from llama2_lora import benchmark, govreport, schedule
+from llama2_lora.training.data import training_order
+from llama2_lora.training.lora import initial_a
+
+STEPS, GBS, LR, SEED = 10, 8, 1e-2, 7
+
+
+@pytest.fixture(scope="module")
+def ours(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The log of ten steps with an evaluation after every second one."""
+    short = {"MAX_STEPS": str(STEPS), "LORA_DROPOUT": "0", "SEED": str(SEED), "LOSS_MASK_ALIGN": "reference"}
+    done = run_training(tiny.environment(tmp_path_factory.mktemp("results"), **short))
+    assert done.returncode == 1, done.stderr[-3000:]  # MAX_STEPS without the target
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def reference(tiny: Tiny) -> dict[str, list[float]]:
+    """The same training with transformers, PEFT and torch's AdamW, A shared by q, k and v."""
+    model = peft_model(tiny.hugging_face)
+    parameters = [p for p in model.parameters() if p.requires_grad]  # each shared A once
+    optimizer = torch.optim.AdamW(parameters, betas=benchmark.ADAM_BETAS, eps=benchmark.ADAM_EPSILON, weight_decay=1e-4)
+    train = govreport.open_split(tiny.data / "train.npy", SEQUENCE, VOCAB)
+    validation = govreport.open_split(tiny.data / "validation.npy", SEQUENCE, VOCAB)
+    order = training_order(SEED, TRAIN_ROWS, STEPS * GBS).reshape(STEPS, GBS)
+    losses: dict[str, list[float]] = {"train": [], "eval": []}
+    for step in range(STEPS):
+        loss = torch.stack([row_loss(model, train[row]) for row in order[step]]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, benchmark.GRADIENT_CLIP_NORM)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.learning_rate(step, LR, STEPS)
+        optimizer.step()
+        losses["train"].append(loss.item())
+        if (step + 1) % 2 == 0:
+            with torch.no_grad():
+                losses["eval"].append(torch.stack([row_loss(model, row) for row in validation]).mean().item())
+    return losses
+
+
+def peft_model(folder: Path) -> torch.nn.Module:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(folder), config)
+    for index, layer in enumerate(model.base_model.model.model.layers):
+        attention, prefix = layer.self_attn, f"decoder.layers.{index}.self_attention"
+        for target, projections in (("linear_qkv", ("q_proj", "k_proj", "v_proj")), ("linear_proj", ("o_proj",))):
+            first = getattr(attention, projections[0]).lora_A["default"].weight
+            first.data.copy_(initial_a(SEED, f"{prefix}.{target}.adapter.linear_in.weight", list(first.shape)))
+            for projection in projections:
+                getattr(attention, projection).lora_A["default"].weight = first
+    return model
+
+
+def row_loss(model: torch.nn.Module, record: np.void) -> torch.Tensor:
+    """transformers' own loss of one row, labels -100 where the mask says so."""
+    ids_BS = torch.from_numpy(record["input_ids"].astype(np.int64))[None]
+    labels_BS = ids_BS.masked_fill(torch.from_numpy(record["loss_mask"] == 0)[None], -100)
+    return model(input_ids=ids_BS, labels=labels_BS).loss
+
+
+def test_ten_lora_steps_are_pefts(ours: str, reference: dict[str, list[float]]) -> None:
+    assert len(reference["train"]) == STEPS
+    assert values(ours, "train_loss") == pytest.approx(reference["train"], abs=1e-5)
+
+
+def test_the_eval_loss_is_transformers_loss(ours: str, reference: dict[str, list[float]]) -> None:
+    assert len(reference["eval"]) == 5
+    assert values(ours, "eval_accuracy") == pytest.approx(reference["eval"], abs=1e-5)
+
+
+def test_the_adapter_learned(reference: dict[str, list[float]]) -> None:
+    """Without this the comparison could be one of two models that stand still."""
+    assert reference["eval"][-1] < reference["eval"][0] - 0.05
