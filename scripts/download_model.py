@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     try:
         fetch(hub.Repository(arguments.repository, arguments.revision), arguments.model_dir)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -128,6 +129,19 @@ def test_kill_in_the_middle_leaves_no_file_and_the_next_call_completes_it(server
     assert command(server, folder).returncode == 0
     assert_is_the_source(folder)
     assert not server.sent[TRAIN]
+
+
+def test_offline_takes_what_is_in_the_cache(server: HubServer, tmp_path: Path) -> None:
+    program = (
+        f"snapshot_download({benchmark.DATASET_REPOSITORY!r}, repo_type='dataset', revision={benchmark.DATASET_REVISION!r})"
+    )
+    fill = [sys.executable, "-c", f"from huggingface_hub import snapshot_download; {program}"]
+    subprocess.run(fill, env=server.environment(tmp_path), check=True, capture_output=True)
+    server.sent.clear()
+    result = command(server, tmp_path / "gov_report", HF_HUB_OFFLINE="1")
+    assert result.returncode == 0, result.stderr
+    assert_is_the_source(tmp_path / "gov_report")
+    assert not server.sent
 
 
 def test_pickles_of_the_other_script_go_out_and_come_back(converted: Path, tmp_path: Path) -> None:
