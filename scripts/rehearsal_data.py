@@ -173,24 +173,32 @@ def make(folder: Path, text: Path | None, seed: int, sequence_length: int) -> No
     base = list(islice(parts["base"], BASE_DOCUMENTS))
     tokenizer = train_tokenizer(base)
     save_tokenizer(tokenizer, folder / "tokenizer")
-    np.save(folder / "base_text.npy", base_text(base, tokenizer, random.Random(seed)))
     for part, rows in ROWS.items():
         # A row without a scored token is left out: 10 % more tokens make up for them.
         pairs = encoded(parts[part], tokenizer, round(1.1 * rows * sequence_length))
-        ids_NS, mask_NS = govreport.pack(pairs, sequence_length, END, SCORED[part])
+        ids_NS, mask_NS = packed(pairs, sequence_length, SCORED[part])
         if text and len(ids_NS) < OWN_ROWS[part]:
             raise ValueError(too_short(text, part, len(ids_NS), sequence_length))
         govreport.write_split(folder / "gov_report" / f"{part}.npy", ids_NS[:rows], mask_NS[:rows])
+    np.save(folder / "base_text.npy", base_text(base, tokenizer, random.Random(seed)))
     source = f"text files of {text.name}" if text else "generated reports"
     govreport.write_manifest(folder / "gov_report", sequence_length, VOCABULARY, source, f"seed {seed}")
 
 
+def packed(pairs: list[tuple[list[int], list[int]]], sequence_length: int, score: str) -> tuple[np.ndarray, np.ndarray]:
+    """govreport.pack, with no rows where the documents fill none."""
+    if sum(len(prompt) + len(summary) + 1 for prompt, summary in pairs) < sequence_length:
+        return np.empty((0, sequence_length), np.uint16), np.empty((0, sequence_length), np.uint8)
+    return govreport.pack(pairs, sequence_length, END, score)
+
+
 def too_short(text: Path, part: str, rows: int, sequence_length: int) -> str:
-    size = sum(path.stat().st_size for path in text.rglob("*.txt"))
-    needed = 1.1 * size * OWN_ROWS[part] / max(rows, 1)
+    """By the rows that the text gave, or by its characters if it gave none; 10 % more to be sure."""
+    size, least = sum(path.stat().st_size for path in text.rglob("*.txt")), OWN_ROWS[part]
+    needed = 1.1 * max(size * least / rows if rows else 0, sequence_length * CHARACTERS_PER_TOKEN * least / OWN_SHARES[part])
     return (
-        f"--text {text}: {size / 1e6:.2f} MB give {rows} {part} rows of {sequence_length} tokens, {OWN_ROWS[part]} are "
-        f"needed: about {needed / 1e6:.1f} MB of text without repetitions, or a shorter --sequence_length"
+        f"--text {text}: {size / 1e6:.2f} MB give {rows} {part} rows of {sequence_length} tokens, {least} are needed: "
+        f"about {needed / 1e6:.1f} MB of text without repetitions, or a shorter --sequence_length"
     )
 
 

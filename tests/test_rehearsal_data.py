@@ -194,11 +194,14 @@ def test_paragraphs_that_recur_are_taken_once(tmp_path: Path) -> None:
     assert sum(decode(ids.tolist()).count("no warranty at all") for ids in parts) <= 1
 
 
-def test_too_little_text_says_how_much_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = write_texts(tmp_path / "text", 10, summaries=False)
+@pytest.mark.parametrize(("files", "rows"), [(1, "0"), (10, "[1-9]+")])
+def test_too_little_text_says_how_much_is_needed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], files: int, rows: str
+) -> None:
+    text = write_texts(tmp_path / "text", files, summaries=False)
     assert make(tmp_path / "data", "--text", text) == 1
     error = capsys.readouterr().err
-    assert re.search(r"0\.\d+ MB give \d+ validation rows of 256 tokens, 173 are needed: about \d\.\d MB of text", error)
+    assert re.search(rf"0\.\d+ MB give {rows} validation rows of 256 tokens, 173 are needed: about 0\.\d MB of text", error)
     assert list(tmp_path.iterdir()) == [text]
 
 

@@ -2,7 +2,7 @@
 
 GovReport pairs reports of the U.S. Government Accountability Office with their summaries. These have the sections
 Background, Findings and Actions, about 160 tokens in all, and a summary of four sentences that names the agency, the first
-two findings and the actions. Agencies, figures and findings are made up.
+two findings and the actions. Figures and findings are made up.
 """
 
 from __future__ import annotations
