@@ -30,8 +30,14 @@ def quiet_libraries() -> None:
 
 def rendezvous(settings: Settings) -> torch.distributed.Store:
     """The store at which all ranks meet, before there is a process group. Raises where one does not come."""
-    world_size = settings.system.world_size or 1
-    store, _, _ = next(torch.distributed.rendezvous("env://", settings.system.rank, world_size, timeout=RENDEZVOUS_TIMEOUT))
+    system = settings.system
+    meeting = torch.distributed.rendezvous("env://", system.rank, system.world_size or 1, timeout=RENDEZVOUS_TIMEOUT)
+    try:
+        store, _, _ = next(meeting)
+    except torch.distributed.DistNetworkError as error:
+        raise RuntimeError(
+            f"the ranks cannot meet: {error}; if another program holds the port, set another MASTER_PORT"
+        ) from error
     return store
 
 
