@@ -18,7 +18,7 @@ import numpy as np
 from llama2_lora import hub
 from llama2_lora.llama2 import Block, LlamaShape, hf_tensors
 
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 1 << 20
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # safetensors' names
 TOKENIZER_FILES = (
     "tokenizer.json",
