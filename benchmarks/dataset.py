@@ -5,7 +5,8 @@
 
 Parquet files of the real shape (3,901 and 173 rows of 8,192 tokens) are made up; every measurement is a process of its own,
 both ways take turns, and the best run counts. Peak memory is what the step adds to interpreter and imports. To open means
-to be ready for the first row: the plain way unpickles, ours maps and, as training does, checks every row.
+to be ready for the first row: the plain way unpickles, ours maps and, as training does, checks every row; the memory that
+this takes is pages of the file, which all ranks of a node share.
 """
 
 from __future__ import annotations
