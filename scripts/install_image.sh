@@ -16,15 +16,18 @@ print(*sorted({f"{d.name}=={d.version}" for d in importlib.metadata.distribution
 P
 }
 
-# A file system without a GPU cannot import Transformer Engine everywhere, so its version is read and not tried.
+# The core with its kernels is a wheel; the extension is compiled against the base's torch. A build has no GPU, so the version
+# that is there is read and not tried.
 install_transformer_engine() {
   if kept | grep -qiE "^transformer[-_]engine==${TE_VERSION%.*}([.+]|$)"; then
     return
   fi
-  # Hopper and Blackwell alone: every further architecture adds minutes and gigabytes
+  local cuda
+  cuda="$(python -c 'import torch; print(torch.version.cuda.split(".")[0])')"
+  # Hopper and Blackwell alone: every further architecture adds minutes
   NVTE_FRAMEWORK=pytorch NVTE_CUDA_ARCHS="90;100;103" \
     python -m pip install --no-build-isolation --no-deps "transformer_engine==${TE_VERSION}" \
-    "transformer_engine_cu13==${TE_VERSION}" "transformer_engine_torch==${TE_VERSION}"
+    "transformer_engine_cu${cuda}==${TE_VERSION}" "transformer_engine_torch==${TE_VERSION}"
 }
 
 install_beside_torch() {

@@ -64,7 +64,7 @@ def test_a_user_who_is_not_root(user_site):
 def test_without_containers_from_a_tree_with_a_space_in_its_path(site):
     tree = site.folder / "my tree"
     tree.symlink_to(Path(__file__).resolve().parents[2])
-    job = site.submit("bare", script=tree / "run.sub", CONT="none")
+    job = site.submit("bare", script=tree / "run.sub", CONT="none", SLURM_MPI_TYPE="pmi2")
     assert job.wait() == 0, job.text()
     assert f"tree {tree}," in job.text()
     assert_clean(job)
