@@ -29,9 +29,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from llama2_lora import benchmark
-from llama2_lora.checks import judge
-from llama2_lora.results import CONFIG_KEYS, Summary
-from llama2_lora.run import Run
+from llama2_lora.judge.checks import judge
+from llama2_lora.judge.results import CONFIG_KEYS, Summary
+from llama2_lora.judge.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPLEMENTATION = "nemo"

@@ -29,8 +29,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from llama2_lora import benchmark
-from llama2_lora.checks import judge
-from llama2_lora.report import (
+from llama2_lora.judge.checks import judge
+from llama2_lora.judge.report import (
     COLUMNS,
     cells,
     compliance_findings,
@@ -40,8 +40,8 @@ from llama2_lora.report import (
     score_line,
     verdict_line,
 )
-from llama2_lora.results import Result, Summary, job_environment
-from llama2_lora.run import Finding, figures
+from llama2_lora.judge.results import Result, Summary, job_environment
+from llama2_lora.judge.run import Finding, figures
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 PIPE_WIDTH = 150  # columns where the output is no terminal

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from mlperf_logging.rcp_checker.rcp_checker import RCP_Checker
 
-from llama2_lora.convergence import POINTS, expected
+from llama2_lora.forecast.convergence import POINTS, expected
 
 # Worked by the checker (facts of ruleset 6.1.0): mean that passes at least.
 BOUNDS = {8: 2961, 9: 3061, 16: 3733, 64: 6705, 72: 7200, 128: 10650}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from llama2_lora.accelerators import ACCELERATORS, accelerator_of
+from llama2_lora.forecast.memory import Memory, Software, layer_activations, memory_per_gpu, what_would_fit
 from llama2_lora.llama2 import LLAMA2_70B
-from llama2_lora.memory import Memory, Software, layer_activations, memory_per_gpu, what_would_fit
 from llama2_lora.settings import Settings
 
 FP8 = {"FP8": "1", "FP8_PARAMS": "1"}

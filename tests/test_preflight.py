@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import Tiny, clean_environment
 
-from llama2_lora.preflight import layout, misspelt
+from llama2_lora.forecast.plan import layout, misspelt
 from llama2_lora.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]

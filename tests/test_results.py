@@ -15,11 +15,11 @@ import pytest
 from mlperf_logging.compliance_checker import mlp_compliance
 from run_text import CONVERGING, line, run_lines, write_result, write_run
 
-from llama2_lora import published
-from llama2_lora.checks import judge
-from llama2_lora.report import page
-from llama2_lora.results import Summary
-from llama2_lora.run import Run
+from llama2_lora.judge import published
+from llama2_lora.judge.checks import judge
+from llama2_lora.judge.report import page
+from llama2_lora.judge.results import Summary
+from llama2_lora.judge.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -251,7 +251,7 @@ def test_bad_values_are_not_fatal(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("ruleset", ["5.1.0", "6.1.0"])
 def test_verdict_is_the_official_checkers(tmp_path: Path, lines: list[str], ruleset: str) -> None:
-    from llama2_lora.runlog import compliance_messages, read_log
+    from llama2_lora.judge.runlog import compliance_messages, read_log
 
     path = save(tmp_path, lines)
     official = mlp_compliance.make_checker("training", ruleset, True, False)

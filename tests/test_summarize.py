@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from run_text import CONVERGING, load_script, run_lines, write_result, write_run
 
-from llama2_lora.charts import ticks
+from llama2_lora.judge.charts import ticks
 
 script = load_script("summarize")
 
@@ -273,9 +273,9 @@ def test_watch_follows_a_job_to_its_end(tmp_path: Path) -> None:
 
 def test_progress_of_a_run(tmp_path: Path) -> None:
     """1,728 sequences in 216 steps of 1 s and an evaluation of 10 s; the second evaluation is due at 1,920, 24 s later."""
-    from llama2_lora.report import progress_line
-    from llama2_lora.run import Run
-    from llama2_lora.runlog import read_log
+    from llama2_lora.judge.report import progress_line
+    from llama2_lora.judge.run import Run
+    from llama2_lora.judge.runlog import read_log
 
     lines = run_lines()
     end = next(i for i, x in enumerate(lines) if '"samples_count": 1728' in x) + 1

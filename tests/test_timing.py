@@ -10,8 +10,7 @@ from types import ModuleType
 import pytest
 
 from llama2_lora.accelerators import ACCELERATORS
-from llama2_lora.llama2 import LLAMA2_70B
-from llama2_lora.timing import (
+from llama2_lora.forecast.timing import (
     EVAL_ERROR,
     FITTED,
     HELD_OUT_ERROR,
@@ -24,6 +23,7 @@ from llama2_lora.timing import (
     forward_flop,
     step_seconds,
 )
+from llama2_lora.llama2 import LLAMA2_70B
 
 ROOT = Path(__file__).resolve().parents[1]
 H100 = Work(accelerator=ACCELERATORS["H100"], gpus=8, minibs=4, tp=4)

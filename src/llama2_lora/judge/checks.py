@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from llama2_lora import benchmark, schedule
-from llama2_lora.published import EnvelopeRow, envelope
-from llama2_lora.results import Result, Summary, group, official_score, read_runs
-from llama2_lora.run import Finding, Run, number, samples_count
-from llama2_lora.runlog import compliance_messages
+from llama2_lora.judge.published import EnvelopeRow, envelope
+from llama2_lora.judge.results import Result, Summary, group, official_score, read_runs
+from llama2_lora.judge.run import Finding, Run, number, samples_count
+from llama2_lora.judge.runlog import compliance_messages
 
 FIXED = {  # key -> (value, section)
     "lora_rank": (benchmark.LORA_RANK, "§9.1"),

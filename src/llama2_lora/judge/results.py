@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama2_lora import benchmark, convergence
+from llama2_lora import benchmark
 from llama2_lora.accelerators import ACCELERATORS
-from llama2_lora.run import Finding, Run, System, figures
-from llama2_lora.runlog import cached_rules, quiet_mlperf, read_log
+from llama2_lora.forecast import convergence
+from llama2_lora.judge.run import Finding, Run, System, figures
+from llama2_lora.judge.runlog import cached_rules, quiet_mlperf, read_log
 
 CONFIG_KEYS = (
     *("submission_platform", "submission_org", "submission_division", "global_batch_size", "gradient_accumulation_steps"),

@@ -6,10 +6,10 @@ from html import escape
 from typing import Any
 
 from llama2_lora import schedule
-from llama2_lora.charts import loss_chart, throughput_chart, time_chart
-from llama2_lora.published import envelope
-from llama2_lora.results import Result, Summary
-from llama2_lora.run import Finding, Run, figures
+from llama2_lora.judge.charts import loss_chart, throughput_chart, time_chart
+from llama2_lora.judge.published import envelope
+from llama2_lora.judge.results import Result, Summary
+from llama2_lora.judge.run import Finding, Run, figures
 
 COLUMNS = {  # heading -> figure, format
     "run": ("run", "{}"),

@@ -13,8 +13,8 @@ from typing import Any
 
 from llama2_lora import benchmark
 from llama2_lora.accelerators import ACCELERATORS
-from llama2_lora.published import envelope
-from llama2_lora.runlog import Event, RunLog
+from llama2_lora.judge.published import envelope
+from llama2_lora.judge.runlog import Event, RunLog
 
 MODEL_TFLOP_PER_SEQUENCE = 2598  # forward and backward of 8,192 tokens with LoRA on the 70B; NVIDIA's figure
 MOST_SEQUENCES = 10**9  # a count above this is damage

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llama2_lora import benchmark, convergence, schedule
+from llama2_lora import benchmark, schedule
 from llama2_lora.accelerators import Accelerator, accelerator_of
-from llama2_lora.convergence import Convergence
+from llama2_lora.forecast import convergence
+from llama2_lora.forecast.convergence import Convergence
+from llama2_lora.forecast.memory import Memory, memory_per_gpu, what_would_fit
+from llama2_lora.forecast.timing import Interval, Work, forecast
 from llama2_lora.llama2 import LLAMA2_70B
-from llama2_lora.memory import Memory, memory_per_gpu, what_would_fit
 from llama2_lora.settings import FIXED_IN_CLOSED, Settings, value_of, variables, walltime_minutes
-from llama2_lora.timing import Interval, Work, forecast
 
 # Published v4.1 and v5.0 entries: 0.5 to 6.8 minutes, median 1.5 (benchmarks/published_results.csv).
 INIT_MINUTES = 3.0

@@ -31,7 +31,7 @@ _envelopes: list[EnvelopeRow] = []
 
 def _all_envelopes() -> list[EnvelopeRow]:
     if not _envelopes:
-        text = (resources.files("llama2_lora") / "data" / "envelope.csv").read_text()
+        text = (resources.files("llama2_lora.judge") / "data" / "envelope.csv").read_text()
         for row in csv.DictReader(io.StringIO("".join(x for x in text.splitlines(True) if not x.startswith("#")))):
             whole = (int(row[name]) for name in ("gbs", "sequences", "runs"))
             shares = (float(row[name]) for name in ("p05", "median", "p95", "share_converged"))

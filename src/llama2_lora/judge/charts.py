@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from llama2_lora import benchmark
-from llama2_lora.published import envelope
-from llama2_lora.results import Result
-from llama2_lora.run import Run
+from llama2_lora.judge.published import envelope
+from llama2_lora.judge.results import Result
+from llama2_lora.judge.run import Run
 
 WIDTH, HEIGHT = 460, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 44
