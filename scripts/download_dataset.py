@@ -59,7 +59,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--export-pickle", type=Path, metavar="DIR", help="write the files of NVIDIA's script into DIR, for its containers"
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.source and (arguments.check or arguments.export_pickle):
+        parser.error("--source: files are read from --data_dir with --check and --export-pickle")
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:

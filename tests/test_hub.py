@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -102,6 +103,11 @@ def test_a_missing_revision(server: HubServer, tmp_path: Path) -> None:
     assert "has no revision v9: see https://huggingface.co/someone/llama-nemo/commits/main" in refusal(result)
 
 
+def test_a_hub_that_is_down(server: HubServer, tmp_path: Path) -> None:
+    server.status[""] = (503, "")
+    assert "the hub answered 503 for model someone/llama-nemo: run the command again" in refusal(fetch(server, tmp_path))
+
+
 def test_a_name_that_is_none(server: HubServer, tmp_path: Path) -> None:
     result = server.run("download_model.py", "--model_dir", tmp_path, "--repository", "a/b/c", home=tmp_path)
     assert "a/b/c is no repository name: it must read owner/name" in refusal(result)
@@ -130,6 +136,15 @@ def test_kill_in_the_middle_leaves_no_checkpoint_and_the_next_call_goes_on(serve
     assert fetch(server, tmp_path).returncode == 0
     assert (tmp_path / "model" / LARGE).read_bytes() == server.files[LARGE]
     assert server.sent[LARGE] < 15_000_000
+
+
+def test_ctrl_c_ends_it_at_once(server: HubServer, tmp_path: Path) -> None:
+    server.pause_at[LARGE] = 1_000_000
+    process = subprocess.Popen(command(server, tmp_path), env=server.environment(tmp_path), stderr=subprocess.PIPE, text=True)
+    assert server.paused.wait(30)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130  # the server is still silent: a thread that waits for it must not hold the process
+    assert "stopped: run the command again, it continues" in process.stderr.read()
 
 
 def test_offline_takes_what_is_in_the_cache(server: HubServer, tmp_path: Path) -> None:
