@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -15,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from nemo_model import launch
+from test_recipe import cuda_home
 from tiny_llama import TINY, hf_config, save, weights, write_llama
 
 from llama2_lora.checkpoint import check_checkpoint, read_shape
 from llama2_lora.convert import convert
 from llama2_lora.huggingface import HFModel
+from llama2_lora.llama2 import chunks
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts/convert_model.py"
 TOLERANCE = 1e-5
@@ -124,6 +127,29 @@ def test_shards_and_bin_files_give_the_same_weights(models, tmp_path):
                 == (models / "fp32_zarr/weights" / name).read_bytes()
                 == (models / "bin_zarr/weights" / name).read_bytes()
             )
+
+
+@pytest.mark.te
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed")
+@pytest.mark.parametrize("format", FORMATS)
+def test_transformer_engine_layers_load_it(tmp_path, format):
+    """On a CPU such layers can be built and filled, if not run: every key is found, every parameter is the source's."""
+    shape = dataclasses.replace(TINY, layers=2, hidden=64, ffn=96)
+    source = HFModel(write_llama(tmp_path / "hf", shape))
+    convert(source, tmp_path / "out", format)
+    tests = SCRIPT.parents[1] / "tests"
+    environment = os.environ | cuda_home() | {"PYTHONPATH": f"{tests}:{tests.parent / 'src'}", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    command = [sys.executable, tests / "nemo_te.py", tmp_path / "out", tmp_path / "loaded.npz"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    loaded = np.load(tmp_path / "loaded.npz")
+    expected: dict[str, bytes] = {}
+    for chunk in chunks(shape):
+        name = chunk.stack.name
+        if chunk.stack.stacked:
+            name = name.replace("layers.", f"layers.{chunk.place[0]}.")
+        expected[name] = expected.get(name, b"") + b"".join(source.read_all(chunk.blocks))
+    assert {name: loaded[name].tobytes() for name in loaded} == expected
 
 
 # The command --------------------------------------------------------------------------------------------------------
