@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hub_server import TOKEN, HubServer
 from nemo_model import launch
 from test_recipe import cuda_home
 from tiny_llama import TINY, hf_config, save, weights, write_llama
@@ -331,6 +332,37 @@ def test_repository_in_the_hubs_cache_is_used_offline(tmp_path):
     assert missing.stderr.startswith("error: ")
     assert len(missing.stderr.splitlines()) == 1
     assert not (tmp_path / "none").exists()
+
+
+def test_repository_is_downloaded_once(tmp_path):
+    repository = files(write_llama(tmp_path / "hf", shards=2)) | {
+        "pytorch_model.bin": b"not needed",
+        "LICENSE.txt": b"nor this",
+    }
+    with HubServer("owner/llama", repository) as server:
+        server.dropped["model-00001-of-00002.safetensors"] = 1
+        environment = server.environment(tmp_path / "home")
+        arguments = ("--source", "owner/llama", "--output_path", tmp_path / "out", "--verify")
+        done = script(*arguments, **environment)
+        assert done.returncode == 0, done.stderr
+        assert f"downloading owner/llama at {server.commit}" in done.stdout
+        assert {"pytorch_model.bin", "LICENSE.txt"}.isdisjoint(server.sent)
+        sent = dict(server.sent)
+        again = script(*arguments, **environment)
+        assert (again.returncode, "is up to date" in again.stdout) == (0, True), again.stderr
+        assert dict(server.sent) == sent
+
+
+def test_gated_repository_says_what_to_do(tmp_path):
+    with HubServer("owner/llama", files(write_llama(tmp_path / "hf")), gated=True) as server:
+        arguments = ("--source", "owner/llama", "--output_path", tmp_path / "out")
+        done = script(*arguments, **server.environment(tmp_path / "home"))
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+        assert "HF_TOKEN" in done.stderr
+        assert not (tmp_path / "out").exists()
+        done = script(*arguments, **server.environment(tmp_path / "home", HF_TOKEN=TOKEN))
+        assert done.returncode == 0, done.stderr
+        assert TOKEN not in done.stdout + done.stderr
 
 
 # Sources that are refused -------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,10 +167,17 @@ def _download(repository: hub.Repository) -> Path:
     hub.check_space(cache, sum(file.bytes for file, path in zip(weights, here, strict=True) if not isinstance(path, str)))
     names = [file.path for file in (*others, *weights)]
     print(f"downloading {repository.id} at {repository.revision}: {sum(f.bytes for f in weights) / 1e9:.1f} GB into {cache}")
-    try:
-        return Path(huggingface_hub.snapshot_download(repository.id, revision=repository.revision, allow_patterns=names))
-    except OSError as error:
-        raise hub.HubError(hub.explain(error, repository)) from error
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+    for tries_left in reversed(range(hub.IDLE_TRIES)):
+        try:
+            return Path(huggingface_hub.snapshot_download(repository.id, revision=repository.revision, allow_patterns=names))
+        except OSError as error:
+            dropped = isinstance(error, hub.TRANSIENT) or "Consistency check failed" in str(error)
+            if not (dropped and tries_left):
+                raise hub.HubError(hub.explain(error, repository)) from error
+        time.sleep(hub.WAIT_SECONDS)
+    raise AssertionError("the last try returns or raises")
 
 
 def _weight_files(folder: Path) -> list[Path]:
