@@ -21,7 +21,7 @@ export SP=0
 export MINIBS=4
 export MBS=4
 export VAL_MBS=16
-export LR=5e-4
+export LR=3e-4
 export MAX_STEPS=480
 
 # A small model on short sequences: what the closed division fixes at 8,192

@@ -16,7 +16,8 @@ prepare() {
   step "Data: documents -> packed rows (${WORK}/data)"
   python scripts/rehearsal_data.py --output "${WORK}/data" "${data_options[@]}"
   step "Base model: a small Llama learns the reports, without summaries (${WORK}/base)"
-  python scripts/rehearsal_model.py --data "${WORK}/data" --output "${WORK}/base"
+  # OpenMP's threads spin while they wait; on a machine that has other work, that triples the time.
+  OMP_WAIT_POLICY=passive python scripts/rehearsal_model.py --data "${WORK}/data" --output "${WORK}/base"
   step "Checkpoint: Hugging Face -> NeMo (${WORK}/checkpoint)"
   python scripts/convert_model.py --source "${WORK}/base" --output_path "${WORK}/checkpoint"
 }
