@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from llama2_lora import settings
+
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = {"DATADIR": "/my data", "MODEL": "/model", "LOGDIR": "/nowhere/logs", "CONT": "/images/x.sqsh"}
 
@@ -67,10 +69,12 @@ def test_ranks_and_container_of_a_training():
 
 
 def test_variables_of_the_shell_that_the_task_needs_are_named():
-    listed = commands(SLURM, NCCL_IB_HCA="mlx5", EVAL_SKIP="1", MYTHING="1")
-    (names,) = (word for word in training(listed)[0] if word.startswith("--container-env="))
-    assert {"NCCL_IB_HCA", "EVAL_SKIP"} < set(names.partition("=")[2].split(","))
-    assert "MYTHING" not in names
+    read = settings.variables() - {"RANK", "LOCAL_RANK", "WORLD_SIZE"}  # those the launcher sets for each rank
+    found = commands(SLURM, **dict.fromkeys(read | {"NCCL_IB_HCA", "MYTHING", "RANK"}, "1") | {"PLATFORM": "gpu"})
+    (names,) = (word for word in training(found)[0] if word.startswith("--container-env="))
+    listed = set(names.partition("=")[2].split(","))
+    assert read | {"NCCL_IB_HCA"} <= listed
+    assert not {"MYTHING", "RANK"} & listed
 
 
 def test_without_containers():
