@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from tqdm import tqdm
 
-from llama2_lora import hub
 from llama2_lora.convert import PARTIAL, convert, verify
+from llama2_lora.download import hub
 from llama2_lora.huggingface import BASE, open_model
 from llama2_lora.layouts import LAYOUTS
 

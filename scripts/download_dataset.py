@@ -27,7 +27,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from llama2_lora import benchmark, dataset_source, govreport, hub
+from llama2_lora import benchmark, govreport
+from llama2_lora.download import dataset_source, hub
 
 VOCAB_SIZE = 32_000  # of Llama-2's tokenizer
 STAGING = ".download"

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from llama2_lora import hub, split_files
+from llama2_lora.download import hub, split_files
 
 REPOSITORY = "michal1270/llama2_70b_nemo_zarr"  # what NVIDIA's submissions start from
 PARTS = ("context", "weights")  # weights last: where it is, all is there

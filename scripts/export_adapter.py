@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from tqdm import tqdm
 
-from llama2_lora import hub
+from llama2_lora.download import hub
 from llama2_lora.export import merge, write_peft
 from llama2_lora.huggingface import BASE, open_model
 

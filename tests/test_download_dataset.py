@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from hub_server import HubServer
 
-from llama2_lora import benchmark, dataset_source, govreport
+from llama2_lora import benchmark, govreport
+from llama2_lora.download import dataset_source
 
 TRAIN, VALIDATION = "data/train-00000-of-00001.parquet", "data/validation-00000-of-00001.parquet"
 S = benchmark.SEQUENCE_LENGTH

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hub_server import COMMIT, HubServer
 
-from llama2_lora import split_files
-from llama2_lora.hub import RemoteFile
+from llama2_lora.download import split_files
+from llama2_lora.download.hub import RemoteFile
 
 NAME = "someone/llama-nemo"
 WHOLE = "weights/module.decoder.layers.mlp.linear_fc1.weight/0.0.0"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hub_server import COMMIT, TOKEN, HubServer
 
-from llama2_lora import hub
+from llama2_lora.download import hub
 
 FILES = {
     "context/io.json": b"{}",

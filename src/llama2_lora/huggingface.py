@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import huggingface_hub
 import numpy as np
 
-from llama2_lora import hub
+from llama2_lora.download import hub
 from llama2_lora.llama2 import Block, LlamaShape, hf_tensors
 
 PIECE_BYTES = 1 << 20
