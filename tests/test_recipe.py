@@ -138,6 +138,7 @@ def test_fp8_is_delayed_scaling_as_the_config_says(built: dict) -> None:
         "recompute_granularity": "None",
         "cpu_offloading": "False",
         "tp_comm_overlap": "True",
+        "tp_comm_bootstrap_backend": "nccl",
         "cross_entropy_loss_fusion": "True",
     }
     assert {key: config[key] for key in expected} == expected

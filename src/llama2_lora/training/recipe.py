@@ -163,6 +163,7 @@ def build_overlap(settings: Settings) -> MegatronCommOverlapCallback:
     return MegatronCommOverlapCallback(
         tp_comm_overlap=True,
         tp_comm_overlap_cfg=buffers,
+        tp_comm_bootstrap_backend="nccl",  # no MPI, so that srun --mpi=none serves
         overlap_grad_reduce=False,  # the adapter's gradients are 90 MB a step: there is nothing to hide
         overlap_param_gather=False,
     )
