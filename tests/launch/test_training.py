@@ -55,7 +55,7 @@ def real_site(site):
 
 def test_two_trials_of_the_real_training_reach_the_target(real_site):
     job = real_site.submit("training", PAYLOAD="", NEXP="2", EVAL_SKIP="1")
-    assert job.wait(timeout=400) == 0, job.text()
+    assert job.wait(timeout=500) == 0, job.text()
     for trial in (1, 2):
         log = job.log(trial)
         assert run_stops(log) == ["success"]
