@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from tqdm import tqdm
 
-from llama2_lora.convert import PARTIAL, convert, verify
 from llama2_lora.download import hub
-from llama2_lora.huggingface import BASE, open_model
-from llama2_lora.layouts import LAYOUTS
+from llama2_lora.weights.convert import PARTIAL, convert, verify
+from llama2_lora.weights.huggingface import BASE, open_model
+from llama2_lora.weights.layouts import LAYOUTS
 
 DTYPES = {"bf16": "BF16", "fp32": "F32"}
 

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from tqdm import tqdm
 
 from llama2_lora.download import hub
-from llama2_lora.export import merge, write_peft
-from llama2_lora.huggingface import BASE, open_model
+from llama2_lora.weights.export import merge, write_peft
+from llama2_lora.weights.huggingface import BASE, open_model
 
 
 def main(argv: list[str] | None = None) -> int:

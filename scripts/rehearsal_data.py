@@ -42,7 +42,7 @@ BASE_DOCUMENTS = 3500  # at most; 600,000 tokens of generated reports
 WORDS_PER_REPORT = 12  # of a summary, in random order
 ROWS = {"validation": benchmark.EVAL_SEQUENCES, "train": benchmark.TRAIN_SEQUENCES}
 OWN_ROWS = {"validation": benchmark.EVAL_SEQUENCES, "train": benchmark.EVAL_EVERY_SEQUENCES}  # the least that --text must give
-OWN_SHARES = {"base": 0.5, "validation": 0.2, "train": 0.3}
+OWN_SHARES = {"base": 0.5, "validation": 0.15, "train": 0.35}
 SCORED = {"validation": "summary", "train": "all"}
 CHARACTERS_PER_TOKEN = 2.5  # English prose, with a vocabulary of this size
 
@@ -193,9 +193,10 @@ def packed(pairs: list[tuple[list[int], list[int]]], sequence_length: int, score
 
 
 def too_short(text: Path, part: str, rows: int, sequence_length: int) -> str:
-    """By the rows that the text gave, or by its characters if it gave none; 10 % more to be sure."""
+    """The larger of what the rows that came and the characters of a row tell; 10 % more to be sure."""
     size, least = sum(path.stat().st_size for path in text.rglob("*.txt")), OWN_ROWS[part]
-    needed = 1.1 * max(size * least / rows if rows else 0, sequence_length * CHARACTERS_PER_TOKEN * least / OWN_SHARES[part])
+    total_rows = max(OWN_ROWS[name] / OWN_SHARES[name] for name in OWN_ROWS)
+    needed = 1.1 * max(size * least / rows if rows else 0, total_rows * sequence_length * CHARACTERS_PER_TOKEN)
     return (
         f"--text {text}: {size / 1e6:.2f} MB give {rows} {part} rows of {sequence_length} tokens, {least} are needed: "
         f"about {needed / 1e6:.1f} MB of text without repetitions, or a shorter --sequence_length"

@@ -132,11 +132,10 @@ def train_here(environment: dict[str, str], log: Any = None) -> bool:
     torchrun's own store would hold the keys of the run before: every run needs a MASTER_PORT of its own.
     """
     os.environ.update(environment | {"TORCHELASTIC_USE_AGENT_STORE": "False"})
-    from train import train
-
-    from llama2_lora.checkpoint import read_shape
     from llama2_lora.mlperf_log import MLPerfLog
     from llama2_lora.settings import Settings
+    from llama2_lora.weights.checkpoint import read_shape
+    from train import train
 
     settings = Settings.from_env()
     log = log or MLPerfLog(settings.system.rank)

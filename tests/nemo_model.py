@@ -54,8 +54,8 @@ def run(
 ) -> None:
     import torch
 
-    from llama2_lora.checkpoint import check_checkpoint, read_adapter, read_shape, write_adapter
     from llama2_lora.training.lora import gather_adapter
+    from llama2_lora.weights.checkpoint import check_checkpoint, read_adapter, read_shape, write_adapter
 
     shape = read_shape(Path(checkpoint))
     check_checkpoint(Path(checkpoint), shape)

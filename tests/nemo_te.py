@@ -15,7 +15,7 @@ def main(checkpoint: Path, out: Path) -> None:
     import torch
     from fake_cuda import fake_h100
 
-    from llama2_lora.checkpoint import read_shape
+    from llama2_lora.weights.checkpoint import read_shape
 
     shape = read_shape(checkpoint)
     with fake_h100():

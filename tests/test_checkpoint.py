@@ -10,10 +10,10 @@ import pytest
 import yaml
 from tiny_llama import TINY, write_llama
 
-from llama2_lora.checkpoint import check_checkpoint, read_adapter, read_shape, write_adapter
-from llama2_lora.convert import convert
-from llama2_lora.huggingface import HFModel
 from llama2_lora.llama2 import adapter_shapes
+from llama2_lora.weights.checkpoint import check_checkpoint, read_adapter, read_shape, write_adapter
+from llama2_lora.weights.convert import convert
+from llama2_lora.weights.huggingface import HFModel
 
 
 @pytest.fixture(scope="module")

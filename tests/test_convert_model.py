@@ -20,10 +20,10 @@ from nemo_model import launch
 from test_recipe import cuda_home
 from tiny_llama import TINY, hf_config, save, weights, write_llama
 
-from llama2_lora.checkpoint import check_checkpoint, read_shape
-from llama2_lora.convert import convert
-from llama2_lora.huggingface import HFModel
 from llama2_lora.llama2 import chunks
+from llama2_lora.weights.checkpoint import check_checkpoint, read_shape
+from llama2_lora.weights.convert import convert
+from llama2_lora.weights.huggingface import HFModel
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts/convert_model.py"
 TOLERANCE = 1e-5

@@ -13,11 +13,11 @@ import pytest
 from nemo_model import launch
 from tiny_llama import TINY, weights, write_llama
 
-from llama2_lora.checkpoint import read_adapter, write_adapter
-from llama2_lora.convert import convert
-from llama2_lora.export import hf_adapter
-from llama2_lora.huggingface import HFModel, from_float32, to_float32
 from llama2_lora.llama2 import adapter_shapes
+from llama2_lora.weights.checkpoint import read_adapter, write_adapter
+from llama2_lora.weights.convert import convert
+from llama2_lora.weights.export import hf_adapter
+from llama2_lora.weights.huggingface import HFModel, from_float32, to_float32
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts/export_adapter.py"
 TOLERANCE = 1e-5

@@ -227,6 +227,11 @@ class Settings:
         return self.batch.minibs * self.data_parallel_size
 
     @property
+    def weights_dtype(self) -> str:
+        """What training holds the base weights in, by safetensors' names; a checkpoint must have the same."""
+        return "F32" if self.system.platform == "cpu" else "BF16"
+
+    @property
     def eval_every_steps(self) -> int:
         return schedule.eval_every_steps(self.global_batch_size, self.evaluation.every_sequences)
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llama2_lora import benchmark, checkpoint, govreport, health
+from llama2_lora import benchmark, govreport, health
 from llama2_lora.accelerators import Accelerator, accelerator_of
 from llama2_lora.llama2 import LLAMA2_70B
 from llama2_lora.settings import Settings, SettingsError, check_paths
+from llama2_lora.weights import checkpoint
 
 SYSTEM_SHARE = 0.02  # of a part's memory that drivers and firmware may keep
 RAW_COUNTS = {"train.npy": benchmark.TRAIN_SEQUENCES, "validation.npy": benchmark.EVAL_SEQUENCES}
@@ -68,7 +69,7 @@ def _checkpoint(settings: Settings) -> Iterator[tuple[bool | None, str]]:
     folder = Path(settings.run.checkpoint_path)
     try:
         shape = checkpoint.read_shape(folder)
-        checkpoint.check_checkpoint(folder, shape)
+        checkpoint.check_checkpoint(folder, shape, settings.weights_dtype)
     except (ValueError, OSError) as error:
         yield False, str(error)
         return

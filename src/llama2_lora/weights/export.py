@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from llama2_lora.checkpoint import read_adapter
-from llama2_lora.huggingface import DTYPE_BYTES, HFModel, from_float32, to_float32
 from llama2_lora.llama2 import PROJ, QKV, Block, LlamaShape, blocks, hf_tensors
+from llama2_lora.weights.checkpoint import read_adapter
+from llama2_lora.weights.huggingface import DTYPE_BYTES, HFModel, from_float32, to_float32
 
 TARGETS = {"linear_qkv": QKV, "linear_proj": PROJ}
 MERGED_ROWS = 1024  # of a weight at a time: 100 MB in the 70B

@@ -16,7 +16,7 @@ import yaml
 from llama2_lora.llama2 import LlamaShape
 
 if TYPE_CHECKING:
-    from llama2_lora.huggingface import HFModel
+    from llama2_lora.weights.huggingface import HFModel
 
 TOKENIZER = "nemo_tokenizer"
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llama2_lora.checkpoint import PREFIX, ZARR_DTYPES
-from llama2_lora.context import TORCH_DTYPES
-from llama2_lora.huggingface import HFModel
 from llama2_lora.llama2 import FINAL_NORM, Chunk, LlamaShape, Stack, chunks, stacks
+from llama2_lora.weights.checkpoint import PREFIX, ZARR_DTYPES
+from llama2_lora.weights.context import TORCH_DTYPES
+from llama2_lora.weights.huggingface import HFModel
 
 Progress = Callable[[int], None]  # called with the bytes done since the last call
 # Modules of Transformer Engine that keep a state of their own, in every layer; so does the final norm.

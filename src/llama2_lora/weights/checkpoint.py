@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama2_lora.context import TOKENIZER, read_model_yaml
 from llama2_lora.llama2 import EMBEDDING, LlamaShape, Stack, adapter_shapes, stacks
+from llama2_lora.weights.context import TOKENIZER, read_model_yaml
 
 AGAIN = "run scripts/convert_model.py or scripts/download_model.py again"
 PREFIX = "module."  # NeMo's name for the model inside its Lightning module
