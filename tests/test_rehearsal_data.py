@@ -201,7 +201,7 @@ def test_too_little_text_says_how_much_is_needed(
     text = write_texts(tmp_path / "text", files, summaries=False)
     assert make(tmp_path / "data", "--text", text) == 1
     error = capsys.readouterr().err
-    assert re.search(rf"0\.\d+ MB give {rows} validation rows of 256 tokens, 173 are needed: about 0\.\d MB of text", error)
+    assert re.search(rf"0\.\d+ MB give {rows} validation rows of 256 tokens, 173 are needed: about \d\.\d MB of text", error)
     assert list(tmp_path.iterdir()) == [text]
 
 
