@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from nemo.utils import logging as nemo_logging
 
-from llama2_lora.checkpoint import write_adapter
 from llama2_lora.llama2 import LlamaShape
 from llama2_lora.settings import INT32, Settings
 from llama2_lora.training.lora import gather_adapter
+from llama2_lora.weights.checkpoint import write_adapter
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 
