@@ -36,7 +36,7 @@ train() {
 
 # The log's curves and errors, for the eye; the log itself has everything.
 progress() {
-  sed -nu -E 's/.*"key": "(train_loss|eval_accuracy)", "value": ([0-9.]+).*"samples_count": ([0-9]+).*/\1 \2 after \3 sequences/p; /^error: /p' |
+  sed -nu -E 's/.*"key": "(train_loss|eval_accuracy)", "value": ([0-9]+\.[0-9]{0,4}).*"samples_count": ([0-9]+).*/\1 \2 after \3 sequences/p; /^error: /p' |
     sed -u -E 's/^train_loss/  train loss/; s/^eval_accuracy/  EVAL LOSS/'
 }
 
@@ -71,7 +71,8 @@ main() {
   printf '\nlog      %s\npage     %s\n' "${log}" "${run}/summary.html"
   if [[ -d "${run}/adapter" ]]; then
     printf 'adapter  %s\n' "${run}/adapter"
-    printf 'PEFT     python scripts/export_adapter.py --adapter %s --output DIR\n' "${run}/adapter"
+    printf 'for PEFT scripts/export_adapter.py --adapter %s --base %s --output DIR, then AutoPeftModelForCausalLM.from_pretrained(DIR)\n' \
+      "${run}/adapter" "${WORK}/base"
   fi
   return "${status}"
 }
