@@ -162,29 +162,29 @@ def test_tree_is_the_readmes(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "every tensor equals the source's" in done.stdout
     model = tmp_path / "data/model"
-    assert sorted(path.name for path in model.iterdir()) == ["context", "weights"]
-    assert sorted(path.name for path in (model / "context").iterdir()) == ["io.json", "model.yaml", "nemo_tokenizer"]
-    assert sorted(path.name for path in (model / "weights").iterdir()) == [
-        "common.pt",
-        "metadata.json",
-        "module.decoder.final_layernorm._extra_state",
-        "module.decoder.final_layernorm.weight",
-        "module.decoder.layers.mlp.linear_fc1._extra_state",
-        "module.decoder.layers.mlp.linear_fc1.layer_norm_weight",
-        "module.decoder.layers.mlp.linear_fc1.weight",
-        "module.decoder.layers.mlp.linear_fc2._extra_state",
-        "module.decoder.layers.mlp.linear_fc2.weight",
-        "module.decoder.layers.self_attention.core_attention._extra_state",
-        "module.decoder.layers.self_attention.linear_proj._extra_state",
-        "module.decoder.layers.self_attention.linear_proj.weight",
-        "module.decoder.layers.self_attention.linear_qkv._extra_state",
-        "module.decoder.layers.self_attention.linear_qkv.layer_norm_weight",
-        "module.decoder.layers.self_attention.linear_qkv.weight",
-        "module.embedding.word_embeddings.weight",
-        "module.output_layer.weight",
-    ]
+    assert tree_of(model) == readme_tree("model")
     header = json.loads((model / "weights/module.decoder.layers.mlp.linear_fc1.weight/.zarray").read_text())
     assert (header["dtype"], header["shape"], header["chunks"]) == ("bfloat16", [4, 96, 32], [1, 48, 32])
+
+
+def tree_of(folder, depth=2):
+    """Paths below a folder, down to what the README shows."""
+    below = (path.relative_to(folder) for path in folder.rglob("*"))
+    return sorted(str(path) for path in below if len(path.parts) <= depth and path.parent.name != "nemo_tokenizer")
+
+
+def readme_tree(name):
+    """The paths below `name` in the README's drawing of /data."""
+    lines = (
+        (Path(__file__).resolve().parents[1] / "README.md").read_text().split("\n/data\n", 1)[1].split("```")[0].splitlines()
+    )
+    paths, above = [], []
+    for line in lines:
+        depth, entry = (line.index("── ") - 1) // 4, line.split("── ")[1].split()[0]
+        above = [*above[:depth], entry]
+        if above[0] == name and depth:
+            paths.append("/".join(above[1:]))
+    return sorted(paths)
 
 
 @pytest.mark.parametrize(
