@@ -21,8 +21,8 @@ export SP=0
 export MINIBS=4
 export MBS=4
 export VAL_MBS=16
-export LR=3e-4
-export MAX_STEPS=480
+export LR="${LR:-3.5e-4}" # these two may be set before: one's own text asks for others
+export MAX_STEPS="${MAX_STEPS:-480}"
 
 # A small model on short sequences: what the closed division fixes at 8,192
 export MAX_SEQLEN=256
