@@ -69,12 +69,13 @@ def _checkpoint(settings: Settings) -> Iterator[tuple[bool | None, str]]:
     folder = Path(settings.run.checkpoint_path)
     try:
         shape = checkpoint.read_shape(folder)
+        if shape != LLAMA2_70B and settings.system.platform != "cpu":
+            raise ValueError(f"{folder}: {shape.parameters() / 1e9:.3g}e9 parameters; Llama-2-70B is expected")
         checkpoint.check_checkpoint(folder, shape, settings.weights_dtype)
     except (ValueError, OSError) as error:
         yield False, str(error)
         return
-    right = shape == LLAMA2_70B or settings.system.platform == "cpu"
-    yield right, f"{shape.parameters() / 1e9:.3g}e9 parameters" + ("" if right else ": Llama-2-70B is expected")
+    yield True, f"{shape.parameters() / 1e9:.3g}e9 parameters in {settings.weights_dtype}"
 
 
 def _gpus(settings: Settings) -> Iterator[tuple[bool | None, str]]:
