@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Hand a trained adapter to Hugging Face's world.
 
-    python scripts/export_adapter.py --adapter /results/adapter --output /data/peft
-    python scripts/export_adapter.py --adapter /results/adapter --output /data/merged --merge
+    python scripts/export_adapter.py --adapter /results/adapter_SEED --output /data/peft
+    python scripts/export_adapter.py --adapter /results/adapter_SEED --output /data/merged --merge
 
 The first writes the folder that peft.PeftModel.from_pretrained loads, the second the whole model with the adapter merged
 into its weights, file by file, in the dtype of the base: no GPU and no model in memory. The adapter is what a training run
-with SAVE_ADAPTER=1 leaves in RESULTS_PATH/adapter, whatever its layout was.
+with SAVE_ADAPTER=1 leaves in RESULTS_PATH/adapter_SEED, whatever its layout was.
 """
 
 from __future__ import annotations

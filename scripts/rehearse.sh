@@ -58,7 +58,7 @@ judge() {
 
 main() {
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
-  local data_options=("$@") stamp run log status=0
+  local data_options=("$@") stamp run log adapter status=0
   stamp="$(date +%y%m%d%H%M%S)"
   run="${WORK}/runs/${stamp}" log="${WORK}/runs/${stamp}/${stamp}_1.log"
   step "Environment"
@@ -69,10 +69,11 @@ main() {
   train || status=$?
   judge
   printf '\nlog      %s\npage     %s\n' "${log}" "${run}/summary.html"
-  if [[ -d "${run}/adapter" ]]; then
-    printf 'adapter  %s\n' "${run}/adapter"
+  adapter="$(find "${run}" -maxdepth 1 -name 'adapter_*')"
+  if [[ -n "${adapter}" ]]; then
+    printf 'adapter  %s\n' "${adapter}"
     printf 'for PEFT scripts/export_adapter.py --adapter %s --base %s --output DIR, then AutoPeftModelForCausalLM.from_pretrained(DIR)\n' \
-      "${run}/adapter" "${WORK}/base"
+      "${adapter}" "${WORK}/base"
   fi
   return "${status}"
 }

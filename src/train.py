@@ -40,7 +40,7 @@ def train(settings: Settings, shape, log: MLPerfLog) -> bool:
     from llama2_lora.training import recipe
     from llama2_lora.training.callback import MLPerfCallback
     from llama2_lora.training.data import GovReport
-    from llama2_lora.training.launch import no_garbage_collection, quiet_libraries, rendezvous, save_adapter, shared_seed
+    from llama2_lora.training.launch import SaveAdapter, no_garbage_collection, quiet_libraries, rendezvous, shared_seed
 
     if settings.system.platform == "cpu":
         from llama2_lora.training.cpu import cpu_platform as platform
@@ -56,11 +56,10 @@ def train(settings: Settings, shape, log: MLPerfLog) -> bool:
         lora = recipe.build_lora(settings, seed)
         model = recipe.build_model(settings, shape, lora, recipe.build_optimizer(settings), data.validation_rows)
         callback = MLPerfCallback(settings, log, seed)
-        trainer = recipe.build_trainer(settings, strategy, [lora, callback])
+        after = [SaveAdapter(settings, shape, seed)] if settings.run.save_adapter else []
+        trainer = recipe.build_trainer(settings, strategy, [lora, callback, *after])
         with no_garbage_collection():
             trainer.fit(model, data)
-        if settings.run.save_adapter:
-            save_adapter(settings, strategy.megatron_parallel, shape)
     return callback.reached_target
 
 

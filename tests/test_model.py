@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from conftest import SEQUENCE, TRAIN_ROWS, VOCAB, Tiny, run_training, values
 from llama2_lora import benchmark, govreport, schedule
 from llama2_lora.training.data import training_order
 from llama2_lora.training.lora import initial_a
+from llama2_lora.training.model import FP8_WEIGHT_SCALE, prepare_fp8_weights
 
 STEPS, GBS, LR, SEED = 10, 8, 1e-2, 7
 
@@ -86,3 +88,30 @@ def test_the_eval_loss_is_transformers_loss(ours: str, reference: dict[str, list
 def test_the_adapter_learned(reference: dict[str, list[float]]) -> None:
     """Without this the comparison could be one of two models that stand still."""
     assert reference["eval"][-1] < reference["eval"][0] - 0.05
+
+
+def test_frozen_fp8_weights_get_a_scale_and_drop_their_bf16_copy() -> None:
+    quantized, plain = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2)
+    cleared = []
+    quantized.weight._quantizer = SimpleNamespace(scale=torch.ones(1))
+    quantized.weight.clear_high_precision_init_val = lambda: cleared.append(True)
+    prepare_fp8_weights(torch.nn.Sequential(quantized, plain))
+    assert quantized.weight._quantizer.scale.item() == FP8_WEIGHT_SCALE
+    assert cleared == [True]
+
+
+@pytest.mark.te
+def test_transformer_engines_fp8_weights_have_that_scale() -> None:
+    """The same on Transformer Engine's own class, whose names the function relies on."""
+    pytest.importorskip("transformer_engine", reason="Transformer Engine is not installed")
+    import transformer_engine_torch as tex
+    from fake_cuda import fake_h100
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
+
+    quantizer = Float8Quantizer(torch.ones(1), torch.zeros(1), tex.DType.kFloat8E4M3)
+    layer = torch.nn.Module()
+    with fake_h100():  # Transformer Engine asks for the device; nothing runs on it
+        empty = quantizer.make_empty([16, 16], dtype=torch.bfloat16, device="cpu")
+        layer.weight = torch.nn.Parameter(empty, requires_grad=False)
+        prepare_fp8_weights(layer)
+    assert layer.weight._quantizer.scale.item() == FP8_WEIGHT_SCALE

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -72,6 +73,12 @@ def describe_build(folder: Path) -> dict:
             "schedule": {key: str(value) for key, value in vars(model.optim.lr_scheduler).items()},
             "ddp": {key: str(value) for key, value in vars(strategy.ddp_config).items()},
             "precisions": precisions(model.config),
+            "userbuffers": {
+                name: type(buffer).__name__
+                for callback in trainer.callbacks
+                for name, buffer in vars(getattr(callback, "tp_comm_overlap_cfg", None) or SimpleNamespace()).items()
+                if buffer is not None
+            },
             "callbacks": [type(callback).__name__ for callback in trainer.callbacks],
             "eval_steps": list(trainer.fit_loop.epoch_loop.eval_steps)[:3],
             "max_steps": trainer.max_steps,
@@ -138,6 +145,8 @@ def test_fp8_is_delayed_scaling_as_the_config_says(built: dict) -> None:
         "recompute_granularity": "None",
         "cpu_offloading": "False",
         "tp_comm_overlap": "True",
+        "tp_comm_bulk_wgrad": "False",
+        "tp_comm_bulk_dgrad": "False",
         "tp_comm_bootstrap_backend": "nccl",
         "cross_entropy_loss_fusion": "True",
     }
@@ -157,6 +166,18 @@ def test_layout(built: dict) -> None:
     assert config["context_parallel_size"] == cp
     assert config["sequence_parallel"] == "True"
     assert "MegatronCommOverlapCallback" in built["callbacks"]
+
+
+def test_userbuffers_overlap_nothing_that_needs_a_weight_gradient(built: dict) -> None:
+    ring = "RingExchangeOverlapCfg"
+    assert {name: built["userbuffers"][name] for name in ("qkv_fprop", "fc1_fprop", "proj_dgrad", "fc2_dgrad")} == {
+        "qkv_fprop": ring,
+        "fc1_fprop": ring,
+        "proj_dgrad": ring,
+        "fc2_dgrad": ring,
+    }
+    assert not {"qkv_dgrad", "qkv_wgrad", "fc1_dgrad", "fc1_wgrad"} & built["userbuffers"].keys()
+    assert "BulkOverlapCfg" not in built["userbuffers"].values()
 
 
 def test_optimizer_and_schedule(built: dict) -> None:

@@ -33,5 +33,4 @@ ADAM_EPSILON = 1e-8
 
 # Runs, §11 and §12.
 RUNS_PER_RESULT = 10
-INIT_LIMIT_MINUTES = 30
 RULESETS = ("5.0.0", "5.1.0", "6.0.0", "6.1.0")  # [C]

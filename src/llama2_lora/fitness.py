@@ -161,7 +161,7 @@ def _link_checks(seen: dict[str, Any], nodes: int, expected: Links | None) -> It
     if seen["nvlink"] is None:
         yield "nvlink", UNKNOWN, "nvidia-smi nvlink --status reports no link"
     else:
-        usual = statistics.mode(speed for links in seen["nvlink"] for speed in links)
+        usual = statistics.mode([speed for links in seen["nvlink"] for speed in links] or [0.0])
         problems = [] if usual else ["most links are inactive"]
         for gpu, links in enumerate(seen["nvlink"]):
             slow = [f"{i} ({speed:g} GB/s)" for i, speed in enumerate(links) if speed < usual]

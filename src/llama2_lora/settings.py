@@ -185,7 +185,7 @@ class Run:
     data_path: str = _setting("DATA_PATH", "/data", "Folder of train.npy and validation.npy")
     checkpoint_path: str = _setting("CKPT_PATH", "/ckpt", "Folder of the NeMo checkpoint: context/ and weights/")
     results_path: str = _setting("RESULTS_PATH", "/results", "Folder that the run writes to")
-    save_adapter: bool = _setting("SAVE_ADAPTER", False, "Write the adapter to RESULTS_PATH after run_stop", parse=_boolean)
+    save_adapter: bool = _setting("SAVE_ADAPTER", False, "Write the adapter to RESULTS_PATH/adapter_SEED after run_stop", parse=_boolean)
     seed: int | None = _setting("SEED", None, "Seed; default: from /dev/urandom, the same on every rank", parse=_integer, low=0, high=INT32)
 # fmt: on
 
@@ -372,6 +372,8 @@ def _precision_problems(s: Settings) -> Iterator[str]:
             yield f"{variable}=1: needs FP8=1"
     if p.fp8_attention and p.fp8_recipe != "delayed":
         yield f"FP8_DPA=1: needs FP8_RECIPE=delayed, not {p.fp8_recipe}: Transformer Engine 2.9 scales attention so"
+    if s.performance.tp_comm_overlap and s.batch.validation_micro != s.batch.micro:
+        yield f"VAL_MBS={s.batch.validation_micro}: must equal MBS={s.batch.micro} with TP_COMM_OVERLAP=1: userbuffers have one size"
     if s.system.platform == "cpu":
         for variable in ("FP8", "FP4", "TP_COMM_OVERLAP", "CPU_OFFLOAD_LAYERS"):
             if value_of(s, variable):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import lightning.pytorch as pl
 import torch
 from nemo.utils import logging as nemo_logging
 
@@ -59,9 +60,18 @@ def no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def save_adapter(settings: Settings, model: torch.nn.Module, shape: LlamaShape) -> None:
-    """Write the whole adapter to RESULTS_PATH/adapter on rank 0, after run_stop. Every rank must call it."""
-    tensors = gather_adapter(model)
-    if settings.system.rank == 0:
-        o = settings.optimization
-        write_adapter(Path(settings.run.results_path) / "adapter", tensors, shape, o.lora_rank, o.lora_alpha)
+class SaveAdapter(pl.Callback):
+    """Write the whole adapter to RESULTS_PATH/adapter_SEED after run_stop: add it after the log's callback.
+
+    A callback, since after the fit Lightning has moved the model to the CPU, where NCCL cannot gather it.
+    """
+
+    def __init__(self, settings: Settings, shape: LlamaShape, seed: int) -> None:
+        self.settings, self.shape = settings, shape
+        self.folder = Path(settings.run.results_path) / f"adapter_{seed}"  # trials of a job share RESULTS_PATH, not a seed
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        tensors = gather_adapter(trainer.strategy.megatron_parallel)
+        if self.settings.system.rank == 0:
+            o = self.settings.optimization
+            write_adapter(self.folder, tensors, self.shape, o.lora_rank, o.lora_alpha)

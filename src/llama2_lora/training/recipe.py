@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +14,10 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import AttnBackend
 from nemo.collections.llm.gpt.model.llama import Llama2Config70B, LlamaConfig
-from nemo.collections.llm.recipes.tp_overlap_configs import userbuffers
+from nemo.collections.llm.recipes.tp_overlap_configs.userbuffers import (
+    userbuffers_bf16_h100_h8192_tp4_mbs1_seqlen8192,
+    userbuffers_fp8_h100_h8192_tp4_mbs1_seqlen8192,
+)
 from nemo.lightning import MegatronStrategy
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
@@ -52,6 +56,9 @@ def build_config(settings: Settings, shape: LlamaShape) -> LlamaConfig:
         # Megatron refuses NVTE_FLASH_ATTN and friends from the environment: this field sets them.
         options["attention_backend"] = AttnBackend.fused
         options["activation_func_fp8_input_store"] = settings.precision.fp8_swiglu
+        # Bulk overlap rides on the weight gradient's GEMM. The frozen base has none, and Transformer Engine 2.9 then leaves
+        # the input's gradient unsummed over the TP ranks (layernorm_linear.py): wrong, without an error.
+        options |= {"tp_comm_bulk_wgrad": False, "tp_comm_bulk_dgrad": False}
     if shape == LLAMA2_70B:
         return Llama2Config70B(**options)
     return LlamaConfig(
@@ -153,13 +160,14 @@ def build_strategy(settings: Settings, seed: int, store: torch.distributed.Store
 
 
 def build_overlap(settings: Settings) -> MegatronCommOverlapCallback:
-    """Overlap of tensor-parallel collectives with GEMMs, tuned by NVIDIA for hidden 8192 and TP 4 on H100."""
-    precision = settings.precision
-    buffers = (
-        userbuffers.userbuffers_fp8_h100_h8192_tp4_mbs1_seqlen8192
-        if precision.fp8
-        else userbuffers.userbuffers_bf16_h100_h8192_tp4_mbs1_seqlen8192
-    )
+    """Overlap of tensor-parallel collectives with GEMMs, as NVIDIA tuned it for hidden 8192 and TP 4 on H100, or TE's way."""
+    buffers = None
+    if settings.parallel.tp == 4 and settings.system.accelerator in ("H100", "H200"):
+        fp8, bf16 = userbuffers_fp8_h100_h8192_tp4_mbs1_seqlen8192, userbuffers_bf16_h100_h8192_tp4_mbs1_seqlen8192
+        # Without the bulk entries: see build_config
+        buffers = replace(
+            fp8 if settings.precision.fp8 else bf16, qkv_dgrad=None, qkv_wgrad=None, fc1_dgrad=None, fc1_wgrad=None
+        )
     return MegatronCommOverlapCallback(
         tp_comm_overlap=True,
         tp_comm_overlap_cfg=buffers,
