@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from tqdm import tqdm
 
 from llama2_lora.download import hub
+from llama2_lora.llama2 import LLAMA2_70B
+from llama2_lora.weights.checkpoint import read_adapter
 from llama2_lora.weights.export import merge, write_peft
 from llama2_lora.weights.huggingface import BASE, open_model
 
@@ -36,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             _merge(arguments.adapter, arguments.base, arguments.output)
             print(f"{arguments.output}: load it with transformers.AutoModelForCausalLM.from_pretrained")
         else:
+            check_base(arguments.adapter, arguments.base)
             base = str(Path(arguments.base).resolve()) if Path(arguments.base).is_dir() else arguments.base
             write_peft(arguments.adapter, arguments.output, base)
             print(f"{arguments.output}: load it with peft.AutoPeftModelForCausalLM.from_pretrained; its base is {base}")
@@ -43,6 +46,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def check_base(adapter: Path, base: str) -> None:
+    """ValueError where the adapter of another model would be sent to the default base."""
+    shape = read_adapter(adapter)[1]
+    if base == BASE and shape != LLAMA2_70B:
+        raise ValueError(f"{adapter}: was not trained on Llama-2-70B ({shape.layers} layers); name its base with --base FOLDER")
 
 
 def _merge(adapter: Path, base: str, output: Path) -> None:

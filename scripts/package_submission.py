@@ -132,11 +132,13 @@ def _own_problems(run: Run) -> Iterator[str]:
 def read_system(path: Path, summary: Summary) -> tuple[dict[str, Any], list[str]]:
     """The system description, and what is missing in it or contradicts the logs."""
     known = known_fields(summary)
-    if not path.exists():
-        path.write_text(json.dumps({f: known.get(f, "") for f in (*REQUIRED, *OPTIONAL)}, indent=2) + "\n")
-        print(f"wrote {path}: fill in its empty fields")
     try:
+        if not path.exists():
+            path.write_text(json.dumps({f: known.get(f, "") for f in (*REQUIRED, *OPTIONAL)}, indent=2) + "\n")
+            print(f"wrote {path}: fill in its empty fields")
         system = dict(json.loads(path.read_text()))
+    except OSError as error:
+        return {}, [f"{path}: {error.strerror}"]
     except (ValueError, TypeError) as error:
         return {}, [f"{path}: is not a JSON object: {error}"]
     problems = [
@@ -189,6 +191,8 @@ def code_files() -> list[Path]:
 
 def _git(*arguments: str) -> str:
     """What git says of this checkout; empty where it is none."""
+    if shutil.which("git") is None:
+        return ""
     return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=False).stdout
 
 

@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from llama2_lora.forecast.plan import Finding, misspelt, plan
 from llama2_lora.settings import Settings, SettingsError
 
 PIPE_WIDTH = 140  # columns where the output is no terminal
+SOURCE_SECONDS = 5
 SHELL_VARIABLES = ("PWD", "OLDPWD", "SHLVL", "_")
 VERDICTS = {"no-go": "bold red", "warning": "yellow"}
 
@@ -48,17 +50,33 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def node_paths() -> dict[str, str]:
+    """Where this node has data, checkpoint and results, which no config says."""
+    names = ("DATA_PATH", "CKPT_PATH", "RESULTS_PATH")
+    return {name: os.environ[name] for name in names if name in os.environ}  # noqa: TID251
+
+
 def source(config: Path) -> dict[str, str]:
-    """What `source CONFIG` exports in a shell that holds nothing else."""
+    """What `source CONFIG` exports in a shell that holds nothing else; the run's own paths are the caller's."""
     if not config.is_file():
         raise UsageError(f"{config}: no such file")
+    if not fnmatch(config.name, "config_*.sh"):  # sourcing runs it, whatever it is
+        raise UsageError(f"{config}: must be a config_*.sh")
     command = ["bash", "--noprofile", "--norc", "-c", 'source "$1" >&2 && env -0', "bash", str(config.resolve())]
-    done = subprocess.run(command, env={"PATH": os.defpath}, capture_output=True, text=True)
+    try:
+        done = subprocess.run(
+            command, env={"PATH": os.defpath}, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SOURCE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise UsageError(
+            f"{config}: takes more than {SOURCE_SECONDS} s; a config exports variables and does nothing else"
+        ) from None
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines() or ["it prints nothing"]
         raise UsageError(f"{config}: bash cannot source it: {reason[-1]}")
     pairs = dict(item.split("=", 1) for item in done.stdout.split("\0") if "=" in item)
-    return {name: value for name, value in pairs.items() if name not in (*SHELL_VARIABLES, "PATH")}
+    exports = {name: value for name, value in pairs.items() if name not in (*SHELL_VARIABLES, "PATH")}
+    return node_paths() | exports
 
 
 def report(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -195,7 +213,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         values = report(arguments)
         if arguments.plot and "layout" in values:
-            plot(values, arguments.plot)
+            try:
+                plot(values, arguments.plot)
+            except ValueError as error:  # matplotlib knows no such format
+                raise UsageError(f"--plot {arguments.plot}: {error}") from None
     except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

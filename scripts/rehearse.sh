@@ -42,6 +42,11 @@ progress() {
 
 judge() {
   local ruleset
+  if [[ "${TARGET_LOSS:-0.925}" != 0.925 ]]; then
+    step "Verdict: TARGET_LOSS=${TARGET_LOSS} was this run's; the rules and the summary below know 0.925 only"
+    python scripts/summarize.py "${run}" --html "${run}/summary.html" || true
+    return
+  fi
   step "Compliance: mlperf_logging's checker"
   for ruleset in "${RULESETS[@]}"; do
     if python -m mlperf_logging.compliance_checker --usage training --ruleset "${ruleset}" \

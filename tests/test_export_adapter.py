@@ -158,7 +158,8 @@ def test_refusals_in_one_line(models, tmp_path):
     adapter = ("--adapter", models / "adapter")
     cases = {
         "SAVE_ADAPTER": ("--adapter", tmp_path, "--output", tmp_path / "out"),
-        "is there already": (*adapter, "--output", tmp_path / "full"),
+        "is there already": (*adapter, "--output", tmp_path / "full", "--base", tmp_path / "other"),
+        "name its base with --base": (*adapter, "--output", tmp_path / "out"),
         "was trained on": (*adapter, "--output", tmp_path / "out", "--base", tmp_path / "other", "--merge"),
     }
     for message, arguments in cases.items():

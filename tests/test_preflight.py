@@ -146,6 +146,23 @@ def test_warnings_do_not_stop_a_run(changed: Callable[..., Path], changes: dict[
     assert any(expected in line for line in done.stdout.splitlines() if line.startswith("warning: "))
 
 
+def test_only_configs_are_sourced(tmp_path: Path) -> None:
+    """Sourcing runs a file, whatever it is: another name must not be enough."""
+    other = tmp_path / "README.md"
+    other.write_text(f"touch {tmp_path}/ran\n")
+    done = preflight(other)
+    assert done.returncode == 2
+    assert "must be a config_*.sh" in done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_unknown_picture_format_is_wrong_usage(tmp_path: Path) -> None:
+    done = preflight(H100, "--plot", tmp_path / "x.foo")
+    assert done.returncode == 2
+    assert "x.foo" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_environment_and_config_say_the_same() -> None:
     text = subprocess.run(["bash", "-c", f"source {H100}; env -0"], capture_output=True, text=True).stdout
     exported = dict(item.split("=", 1) for item in text.split("\0") if item)
