@@ -7,8 +7,9 @@
     /data/model/weights/    138 GB in bf16
 
 The files arrive in MODEL_DIR/.download, eight at a time, and move to their places once all sizes and hashes are the hub's.
-A call that was stopped is continued by the next one; a call on a complete folder verifies it. Files that the repository
-holds in pieces (NAME.part-00, NAME.part-01, ...) are joined. No GPU is needed.
+A call that was stopped is continued by the next one. A call on a complete folder verifies it, without a network, against
+what the hub listed then (MODEL_DIR/.manifest.json). Files that the repository holds in pieces (NAME.part-00,
+NAME.part-01, ...) are joined. No GPU is needed.
 
 Needs 138 GB of free disk. HF_TOKEN: token of an account that may open the repository. HF_HOME: where the hub's library
 keeps token and cache; files that are in the cache are copied from there, with HF_HUB_OFFLINE=1 only those.
@@ -17,6 +18,7 @@ keeps token and cache; files that are in the cache are copied from there, with H
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import time
@@ -27,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from llama2_lora.download import hub, split_files
 
 REPOSITORY = "michal1270/llama2_70b_nemo_zarr"  # what NVIDIA's submissions start from
+MANIFEST = ".manifest.json"
 PARTS = ("context", "weights")  # weights last: where it is, all is there
 
 
@@ -58,8 +61,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def fetch(repository: hub.Repository, model_dir: Path) -> None:
     """Bring the checkpoint to `model_dir`, or verify the one that is there."""
-    started = time.monotonic()
-    repository, files = hub.list_files(repository, [f"{part}/*" for part in PARTS])
+    started, asked = time.monotonic(), repository
+    repository, files = remembered(model_dir, asked) or hub.list_files(asked, [f"{part}/*" for part in PARTS])
     for needed in ("context/io.json", "weights/metadata.json"):
         if needed not in (file.path for file in files):
             raise hub.HubError(f"{repository.id} holds no NeMo checkpoint: it has no {needed}")
@@ -70,7 +73,26 @@ def fetch(repository: hub.Repository, model_dir: Path) -> None:
         verify_present(model_dir, [file for file in files if file.path.split("/")[0] in there])
     if "weights" not in there:
         bring([file for file in files if file.path.split("/")[0] not in there], repository, model_dir)
+    remember(model_dir, asked, repository.revision, files)
     print(f"{model_dir}: complete, every size and hash is the hub's ({time.monotonic() - started:.0f} s)")
+
+
+def remembered(model_dir: Path, asked: hub.Repository) -> tuple[hub.Repository, list[hub.RemoteFile]] | None:
+    """The hub's list of a finished download of the same repository and revision; None where there is none."""
+    try:
+        manifest = json.loads((model_dir / MANIFEST).read_text())
+        same = manifest["repository"] == asked.id and asked.revision in (manifest["asked"], manifest["commit"])
+        files = [hub.RemoteFile(*entry) for entry in manifest["files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (asked._replace(revision=manifest["commit"]), files) if same else None
+
+
+def remember(model_dir: Path, asked: hub.Repository, commit: str, files: list[hub.RemoteFile]) -> None:
+    manifest = {"repository": asked.id, "asked": asked.revision, "commit": commit, "files": files}
+    partial = model_dir / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps(manifest, indent=1))
+    partial.replace(model_dir / MANIFEST)
 
 
 def verify_present(model_dir: Path, files: list[hub.RemoteFile]) -> None:

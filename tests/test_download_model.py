@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, clean_environment
 from hub_server import COMMIT, HubServer
 
 from llama2_lora.download import split_files
@@ -46,7 +48,7 @@ def test_the_checkpoint_and_nothing_else_is_left_with_split_files_joined(server:
     folder = tmp_path / "model"
     result = fetch(server, folder)
     assert result.returncode == 0, result.stderr
-    expected = {*FILES, WHOLE} - {".gitattributes", *PIECES}
+    expected = {*FILES, WHOLE, ".manifest.json"} - {".gitattributes", *PIECES}
     assert tree(folder) == sorted(expected)
     assert (folder / WHOLE).read_bytes() == DATA
     assert f"{NAME} at {COMMIT}: 9 files, 0.0 GB\n" in result.stdout
@@ -68,6 +70,20 @@ def test_a_second_call_verifies_and_fetches_nothing(server: HubServer, tmp_path:
     assert result.returncode == 1
     assert f"{folder / WHOLE} has another hash than the hub lists for {WHOLE}.part-01" in result.stderr
     assert (folder / WHOLE).read_bytes() == damaged  # it may be somebody's converted checkpoint: not replaced
+
+
+def test_a_finished_folder_is_verified_without_the_hub(server: HubServer, tmp_path: Path) -> None:
+    """Neither a network nor a cache is needed, and a branch that has moved on makes no good folder a bad one."""
+    folder = tmp_path / "model"
+    assert fetch(server, folder).returncode == 0
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
+    script = [sys.executable, ROOT / "scripts/download_model.py", "--model_dir", folder, "--repository", NAME]
+    done = subprocess.run(script, env=clean_environment(**offline), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (folder / "weights/common.pt").write_bytes(b"d")
+    done = subprocess.run(script, env=clean_environment(**offline), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "common.pt has another hash" in done.stderr
 
 
 def test_weights_that_another_program_made_are_not_replaced(server: HubServer, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from typing import NamedTuple, TypeVar
 import huggingface_hub
 import requests
 from huggingface_hub import errors
+from huggingface_hub.utils import logging as hub_logging
 from tqdm import tqdm
 
 GIB = 1 << 30
