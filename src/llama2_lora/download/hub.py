@@ -23,6 +23,7 @@ from typing import NamedTuple, TypeVar
 import huggingface_hub
 import requests
 from huggingface_hub import errors
+from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from tqdm import tqdm
 
@@ -105,8 +106,8 @@ def download(repository: Repository, files: Sequence[RemoteFile], folder: Path, 
     What an earlier, interrupted call left in `folder` is continued. OSError, before the first byte, where the disk does
     not hold the files and `spare_bytes` more.
     """
-    huggingface_hub.utils.logging.set_verbosity_error()  # its warnings name signed URLs
-    huggingface_hub.utils.disable_progress_bars()
+    hub_logging.set_verbosity_error()  # its warnings name signed URLs
+    disable_progress_bars()
     folder.mkdir(parents=True, exist_ok=True)
     total = sum(file.bytes for file in files)
     check_space(folder, total - _arrived(files, folder) + spare_bytes)
