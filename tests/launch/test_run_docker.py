@@ -21,7 +21,9 @@ def start(tmp_path):
         (pytest.fail if os.environ.get("REQUIRE_SLURM") == "1" else pytest.skip)("not root: the stand-in for docker mounts")
     make_files(tmp_path)
     make_image(tmp_path / "an image")
-    mounts = {"/usr": "/usr", sys.base_prefix: "/run/l2ltest/python", sysconfig.get_paths()["purelib"]: "/run/l2ltest/site"}
+    # Pairs, not a dict: with Debian's own Python, base_prefix is /usr too
+    site = sysconfig.get_paths()["purelib"]
+    mounts = [("/usr", "/usr"), (sys.base_prefix, "/run/l2ltest/python"), (site, "/run/l2ltest/site")]
 
     def run(payload: str, **changes: str) -> subprocess.Popen:
         with open(tmp_path / "an image/etc/environment", "a") as f:
@@ -33,7 +35,7 @@ def start(tmp_path):
             "MODEL": str(tmp_path / "check point"),
             "LOGDIR": str(tmp_path / "results"),
             "CONT": str(tmp_path / "an image"),
-            "EXTRA_MOUNTS": ",".join(f"{source}:{target}:ro" for source, target in mounts.items()),
+            "EXTRA_MOUNTS": ",".join(f"{source}:{target}:ro" for source, target in mounts),
             "PYTHON": "tests/launch/bin/python",
             "SEED": str(FIRST_SEED),
             "DROP_CACHES_COMMAND": "true",
