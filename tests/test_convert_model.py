@@ -272,6 +272,19 @@ def test_kill_leaves_nothing_that_looks_complete_and_the_next_call_goes_on(tmp_p
     assert not [path for path in (tmp_path / "out").rglob("*") if ".partial" in path.name]
 
 
+def test_a_quota_leaves_nothing_and_the_next_call_converts(tmp_path):
+    """A file that may not grow further, as on a full disk: one line, and no folder that looks complete."""
+    write_llama(tmp_path / "hf", dtype="float32")
+    arguments = ["--source", str(tmp_path / "hf"), "--output_path", str(tmp_path / "out")]
+    limited = ["bash", "-c", 'ulimit -f 4 && exec "$@"', "bash", sys.executable, SCRIPT, *arguments]
+    done = subprocess.run(limited, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("File too large")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out/weights").exists()
+    assert script(*arguments).returncode == 0
+
+
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """Sparse files: 2 and 12 layers of 32 MiB each."""
     peaks = {}
