@@ -81,12 +81,11 @@ def make_model(folder: Path, **changes: int) -> None:
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**(TINY | changes)))
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
         else:  # norms: not all 1, so that a lost or exchanged one shows
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
-        assert name
     model.save_pretrained(folder)
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))

@@ -9,35 +9,15 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, clean_environment, events, values
+from run_text import VALUES
 from test_settings import VALID
 
 from llama2_lora import benchmark
 from llama2_lora.mlperf_log import MLPerfLog, submission_values
 from llama2_lora.settings import Settings
 
-DESCRIPTION = {
-    "global_batch_size": 8,
-    "gradient_accumulation_steps": 4,
-    "opt_base_learning_rate": 4e-4,
-    "opt_learning_rate_training_steps": 800,
-    "opt_gradient_clip_norm": 0.3,
-    "opt_adamw_weight_decay": 1e-4,
-    "opt_learning_rate_warmup_factor": 0.0,
-    "lora_rank": 16,
-    "lora_alpha": 32,
-    "train_samples": 3901,
-    "eval_samples": 173,
-    "seed": 1,
-    "micro_batch_size": 1,
-    "tensor_parallelism": 4,
-    "pipeline_parallelism": 1,
-    "context_parallelism": 1,
-    "expert_parallelism": 1,
-    "config_filename": "config_DGXH100_1x8x4.sh",
-    "lowest_numerical_precision_in_linear": "fp8",
-    "lowest_numerical_precision_in_attn": "bfloat16",
-    "lowest_numerical_precision_in_comm": "bfloat16",
-}
+# What a run says of itself besides submission_values
+DESCRIPTION = {"seed": 1} | {key: value for key, value in VALUES.items() if not key.startswith("submission_")}
 
 
 def started(log: MLPerfLog) -> MLPerfLog:
