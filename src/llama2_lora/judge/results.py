@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama2_lora import benchmark
-from llama2_lora.accelerators import ACCELERATORS
+from llama2_lora.config import rules
 from llama2_lora.forecast import convergence
+from llama2_lora.gpus import ACCELERATORS
 from llama2_lora.judge.run import Finding, Run, System, figures
 from llama2_lora.judge.runlog import cached_rules, quiet_mlperf, read_log
 
@@ -154,10 +154,10 @@ def read_runs(folder: Path) -> tuple[list[Run], list[Finding]]:
         except OSError as error:
             skipped.append(Finding("warning", "unreadable", str(error.strerror), str(path)))
             continue
-        name = run.values.get("submission_benchmark", benchmark.NAME)
+        name = run.values.get("submission_benchmark", rules.NAME)
         if not run.log.events and not run.log.damaged:
             continue
-        if name != benchmark.NAME:
+        if name != rules.NAME:
             skipped.append(Finding("note", "other benchmark", f"left out: a log of {name}", str(path)))
             continue
         run.system = find_system(run)
@@ -215,7 +215,7 @@ def group(runs: Iterable[Run], root: Path) -> list[Result]:
 
 def official_score(result: Result, ruleset: str) -> Score:
     """Olympic mean, RCP verdict and scaling by mlperf_logging's own programs, on a copy: they write where they read."""
-    count, needed = len(result.runs), benchmark.RUNS_PER_RESULT
+    count, needed = len(result.runs), rules.RUNS_PER_RESULT
     if any(run.rehearsal for run in result.runs):
         return Score(reason=f"score: needs {needed} runs of the 70B model; a rehearsal has none")
     if count != needed:
@@ -240,7 +240,7 @@ def _official_score(result: Result, ruleset: str) -> Score:
                 folder, "training", ruleset, False, False, rcp_pass="pruned_rcps", set_scaling=True
             )
         minutes, _, scaling = result_summarizer._compute_strong_score_standalone(
-            benchmark.NAME, result.name, False, folder, "training", ruleset
+            rules.NAME, result.name, False, folder, "training", ruleset
         )
     if minutes is None:
         return Score(rcp=message, rcp_passed=passed, reason="score: none; " + " ".join(said.getvalue().split()))

@@ -11,8 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llama2_lora import benchmark
-from llama2_lora.accelerators import ACCELERATORS
+from llama2_lora.config import rules
+from llama2_lora.gpus import ACCELERATORS
 from llama2_lora.judge.published import envelope
 from llama2_lora.judge.runlog import Event, RunLog
 
@@ -98,7 +98,7 @@ class Run:
 
     @property
     def sequences_to_converge(self) -> int | None:
-        return next((s for s, loss in self.evaluations if 0 < loss <= benchmark.TARGET_LOSS), None)
+        return next((s for s, loss in self.evaluations if 0 < loss <= rules.TARGET_LOSS), None)
 
     @property
     def reported_status(self) -> str | None:
