@@ -3,7 +3,6 @@
 # any other (Debian 12, or an image with Python 3.11), the CPU environment of the rehearsal in /opt/llama2_lora.
 set -euo pipefail
 
-readonly TE_VERSION=2.9.0 # what megatron-core 0.15 pins
 export PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
 # Packages that belong to the base's CUDA and driver, as NAME==VERSION
@@ -19,23 +18,27 @@ P
 # The core with its kernels is a wheel; the extension is compiled against the base's torch. A build has no GPU, so the version
 # that is there is read and not tried.
 install_transformer_engine() {
-  if kept | grep -qiE "^transformer[-_]engine==${TE_VERSION%.*}([.+]|$)"; then
+  local version
+  version="$(sed -n 's/^transformer_engine==\([0-9.]*\).*/\1/p' requirements.txt)"
+  if kept | grep -qiE "^transformer[-_]engine==${version%.*}([.+]|$)"; then
     return
   fi
   local cuda
   cuda="$(python -c 'import torch; print(torch.version.cuda.split(".")[0])')"
   # Hopper and Blackwell alone: every further architecture adds minutes
   NVTE_FRAMEWORK=pytorch NVTE_CUDA_ARCHS="90;100;103" \
-    python -m pip install --no-build-isolation --no-deps "transformer_engine==${TE_VERSION}" \
-    "transformer_engine_cu${cuda}==${TE_VERSION}" "transformer_engine_torch==${TE_VERSION}"
+    python -m pip install --no-build-isolation --no-deps "transformer_engine==${version}" \
+    "transformer_engine_cu${cuda}==${version}" "transformer_engine_torch==${version}"
 }
 
 install_beside_torch() {
-  local before
-  before="$(mktemp)"
+  local scratch before
+  scratch="$(mktemp -d)" before="$(mktemp)"
+  # Transformer Engine's wheel has no kernels: the base's own, or the build below, must not be replaced by it
+  grep -v '^transformer_engine==' requirements.txt >"${scratch}/requirements.txt"
   kept | grep -viE '^transformer[-_]engine' >"${before}"
   # NVIDIA's images set PIP_CONSTRAINT to pins of their own, which contradict ours
-  PIP_CONSTRAINT="${before}" python -m pip install -r requirements.txt
+  PIP_CONSTRAINT="${before}" python -m pip install -r "${scratch}/requirements.txt"
   install_transformer_engine
   if ! diff "${before}" <(kept | grep -viE '^transformer[-_]engine'); then
     printf 'error: the base'\''s packages above were replaced\n' >&2

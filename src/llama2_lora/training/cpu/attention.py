@@ -123,7 +123,9 @@ def fused_attn_bwd(
     return [*(_sequence_back(t, sequence_first) for t in (dq, dk, dv)), None, None]
 
 
-def _checked(dropout: float, bias: Any, mask: Any, softmax: Any, window: tuple[int, int], length_q: int, length_kv: int) -> bool:
+def _checked(
+    dropout: float, bias: Any, mask: Any, softmax: Any, window: tuple[int, int], length_q: int, length_kv: int
+) -> bool:
     """Whether the attention is causal. Raises for what the kernels here do not compute."""
     causal = mask in _CAUSAL
     asked = {
