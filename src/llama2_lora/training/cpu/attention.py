@@ -65,7 +65,7 @@ def fused_attn_fwd(
     rng_elts_per_thread: int,
     return_max_logit: bool,
 ) -> list[Any]:
-    """`fused_attn_fwd`: the attended values in the queries' shape, the log of the softmax's sum [B, N, S, 1], a random state."""
+    """`fused_attn_fwd`: attended values in the queries' shape, the log of the softmax's sum [B, N, S, 1], a random state."""
     causal = _checked(p_dropout, bias_type, attn_mask_type, softmax_type, window_size, max_seqlen_q, max_seqlen_kv)
     if is_quantized(Q) or return_max_logit or page_table_k is not None:
         raise NotImplementedError("transformer_engine_torch.fused_attn_fwd: no CPU kernel for FP8, logits or paged keys")
