@@ -24,7 +24,7 @@ EXPONENT_BIAS = 127  # of fp32, and of e8m0
 
 
 def quantize_blockwise(tensor: Tensor, quantizer: Any, output: Any) -> None:
-    """Write [..., n]; the copy by columns is that of the transpose, but for the compact form that goes through an all-gather."""
+    """Write [..., n]; the copy by columns is that of the transpose, but for the compact form that is all-gathered."""
     rows_MN = tensor.float().reshape(-1, tensor.shape[-1])
     compact = quantizer.all_gather_usage
     if output._rowwise_data is not None:

@@ -15,6 +15,7 @@ import importlib.machinery
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -153,6 +154,20 @@ def stand_ins() -> Iterator[tuple[Any, str, Any]]:
     ring = importlib.import_module(f"{at}.attention.dot_product_attention.context_parallel")
     exchange = ring.flash_attn_p2p_communicate
     yield ring, "flash_attn_p2p_communicate", lambda *args: [_WaitOnce(work) for work in exchange(*args)]
+
+
+@contextmanager
+def forgotten_answers() -> Iterator[None]:
+    """Transformer Engine asks for the device once and keeps the answer: not beyond the context, nor from before it."""
+    modules = [importlib.import_module(f"transformer_engine.pytorch.{name}") for name in ("utils", "quantization")]
+    kept = [value for module in modules for value in vars(module).values() if hasattr(type(value), "cache_clear")]
+    for function in kept:
+        function.cache_clear()
+    try:
+        yield
+    finally:
+        for function in kept:
+            function.cache_clear()
 
 
 class _WaitOnce:
