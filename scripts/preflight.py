@@ -25,8 +25,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 from llama2_lora.config import schedule
 from llama2_lora.config.settings import Settings, SettingsError
 from llama2_lora.forecast.plan import Finding, misspelt, plan
