@@ -25,8 +25,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 from llama2_lora import files
 from llama2_lora.config import rules
 from llama2_lora.data import packed, sources

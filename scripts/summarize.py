@@ -26,8 +26,6 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 from llama2_lora.config import rules
 from llama2_lora.judge.checks import judge
 from llama2_lora.judge.report import (
