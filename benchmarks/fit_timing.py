@@ -22,8 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from llama2_lora.accelerators import ACCELERATORS
 from llama2_lora.forecast.timing import Constants, Work, eval_seconds, step_seconds
+from llama2_lora.gpus import ACCELERATORS
 
 FAMILIES = ("Hopper", "Blackwell", "MI300X", "MI325X")
 FIT_ON = ("NVIDIA", "Dell", "AMD")

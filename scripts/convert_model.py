@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from tqdm import tqdm
 
-from llama2_lora.download import hub
+from llama2_lora.hub import client
 from llama2_lora.weights.convert import PARTIAL, convert, verify
+from llama2_lora.weights.formats import LAYOUTS
 from llama2_lora.weights.huggingface import BASE, open_model
-from llama2_lora.weights.layouts import LAYOUTS
 
 DTYPES = {"bf16": "BF16", "fp32": "F32"}
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"source: {source.folder}, {source.shape.parameters():,} weights in {source.stored_dtype}")
         print(f"output: {output}, {arguments.format}, {source.dtype}, {size / 1e9:.1f} GB")
         output.mkdir(parents=True, exist_ok=True)
-        hub.check_space(output, size - hub.bytes_in(output / PARTIAL) if not (output / "weights").exists() else 0)
+        client.check_space(output, size - client.bytes_in(output / PARTIAL) if not (output / "weights").exists() else 0)
         started = time.monotonic()
         with progress("convert", size) as bar:
             new = convert(source, output, arguments.format, bar.update)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from llama2_lora.download import hub, split_files
+from llama2_lora.hub import client, pieces
 
 REPOSITORY = "michal1270/llama2_70b_nemo_zarr"  # what NVIDIA's submissions start from
 MANIFEST = ".manifest.json"
@@ -49,7 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     try:
-        fetch(hub.Repository(arguments.repository, arguments.revision), arguments.model_dir)
+        fetch(client.Repository(arguments.repository, arguments.revision), arguments.model_dir)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -59,13 +59,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def fetch(repository: hub.Repository, model_dir: Path) -> None:
+def fetch(repository: client.Repository, model_dir: Path) -> None:
     """Bring the checkpoint to `model_dir`, or verify the one that is there."""
     started, asked = time.monotonic(), repository
-    repository, files = remembered(model_dir, asked) or hub.list_files(asked, [f"{part}/*" for part in PARTS])
+    repository, files = remembered(model_dir, asked) or client.list_files(asked, [f"{part}/*" for part in PARTS])
     for needed in ("context/io.json", "weights/metadata.json"):
         if needed not in (file.path for file in files):
-            raise hub.HubError(f"{repository.id} holds no NeMo checkpoint: it has no {needed}")
+            raise client.HubError(f"{repository.id} holds no NeMo checkpoint: it has no {needed}")
     total = sum(file.bytes for file in files)
     print(f"{repository.id} at {repository.revision}: {len(files)} files, {total / 1e9:.1f} GB", flush=True)
     there = [part for part in PARTS if (model_dir / part).exists()]
@@ -77,45 +77,45 @@ def fetch(repository: hub.Repository, model_dir: Path) -> None:
     print(f"{model_dir}: complete, every size and hash is the hub's ({time.monotonic() - started:.0f} s)")
 
 
-def remembered(model_dir: Path, asked: hub.Repository) -> tuple[hub.Repository, list[hub.RemoteFile]] | None:
+def remembered(model_dir: Path, asked: client.Repository) -> tuple[client.Repository, list[client.RemoteFile]] | None:
     """The hub's list of a finished download of the same repository and revision; None where there is none."""
     try:
         manifest = json.loads((model_dir / MANIFEST).read_text())
         same = manifest["repository"] == asked.id and asked.revision in (manifest["asked"], manifest["commit"])
-        files = [hub.RemoteFile(*entry) for entry in manifest["files"]]
+        files = [client.RemoteFile(*entry) for entry in manifest["files"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return (asked._replace(revision=manifest["commit"]), files) if same else None
 
 
-def remember(model_dir: Path, asked: hub.Repository, commit: str, files: list[hub.RemoteFile]) -> None:
+def remember(model_dir: Path, asked: client.Repository, commit: str, files: list[client.RemoteFile]) -> None:
     manifest = {"repository": asked.id, "asked": asked.revision, "commit": commit, "files": files}
     partial = model_dir / f"{MANIFEST}.partial"
     partial.write_text(json.dumps(manifest, indent=1))
     partial.replace(model_dir / MANIFEST)
 
 
-def verify_present(model_dir: Path, files: list[hub.RemoteFile]) -> None:
+def verify_present(model_dir: Path, files: list[client.RemoteFile]) -> None:
     """HubError where a part of the checkpoint that is in its place is not the repository's."""
-    plain, split = split_files.find(files)
-    copies = [hub.Copy(file, model_dir / file.path) for file in plain]
+    plain, split = pieces.find(files)
+    copies = [client.Copy(file, model_dir / file.path) for file in plain]
     copies += [copy for file in split for copy in file.copies(model_dir)]
-    if problems := hub.verify(copies):
+    if problems := client.verify(copies):
         more = f"; and {len(problems) - 1} more" if problems[1:] else ""
-        raise hub.HubError(f"{problems[0]}{more}: remove {model_dir}'s context and weights, or choose another --model_dir")
+        raise client.HubError(f"{problems[0]}{more}: remove {model_dir}'s context and weights, or choose another --model_dir")
 
 
-def bring(files: list[hub.RemoteFile], repository: hub.Repository, model_dir: Path) -> None:
+def bring(files: list[client.RemoteFile], repository: client.Repository, model_dir: Path) -> None:
     staging = model_dir / ".download"
-    plain, split = split_files.find(files)
+    plain, split = pieces.find(files)
     missing = plain + [piece for file in split for piece in file.missing(staging)]
     largest_piece = max((piece.bytes for file in split for piece in file.pieces), default=0)
-    hub.download(repository, missing, staging, spare_bytes=largest_piece)
+    client.download(repository, missing, staging, spare_bytes=largest_piece)
     for file in split:
         file.join(staging)
-        if problems := hub.verify(file.copies(staging)):
+        if problems := client.verify(file.copies(staging)):
             (staging / file.path).unlink()
-            raise hub.HubError(f"{problems[0]}; the file was removed: run the command again")
+            raise client.HubError(f"{problems[0]}; the file was removed: run the command again")
     remove_others(staging, {staging / file.path for file in plain} | {staging / file.path for file in split})
     for part in PARTS:
         if (staging / part).exists():

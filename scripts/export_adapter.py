@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from tqdm import tqdm
 
-from llama2_lora.download import hub
+from llama2_lora.hub import client
 from llama2_lora.llama2 import LLAMA2_70B
 from llama2_lora.weights.checkpoint import read_adapter
 from llama2_lora.weights.export import merge, write_peft
@@ -58,7 +58,7 @@ def check_base(adapter: Path, base: str) -> None:
 def _merge(adapter: Path, base: str, output: Path) -> None:
     source = open_model(base)
     output.parent.mkdir(parents=True, exist_ok=True)
-    hub.check_space(output.parent, source.weight_bytes())
+    client.check_space(output.parent, source.weight_bytes())
     with tqdm(total=source.weight_bytes(), desc="merge", unit="B", unit_scale=True, mininterval=1, disable=None) as bar:
         merge(adapter, source, output, bar.update)
 

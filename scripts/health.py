@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-from llama2_lora import fitness, health
+from llama2_lora.node import probe, verdict
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -52,12 +52,12 @@ def measured_bandwidth(path: Path) -> float | None:
     return float(found[-1]) if found else None
 
 
-def show(findings: list[fitness.Finding], mode: str) -> None:
+def show(findings: list[verdict.Finding], mode: str) -> None:
     """What is bad or not checked, and what all nodes have in common."""
     for f in findings:
-        if f.verdict == fitness.BAD or f.node == "job" or (mode != "off" and f.verdict == fitness.UNKNOWN):
+        if f.verdict == verdict.BAD or f.node == "job" or (mode != "off" and f.verdict == verdict.UNKNOWN):
             print(f"{f.verdict:12}{f.node:20}{f.check:18}{f.detail}")
-    verdicts = (fitness.OK, fitness.BAD, fitness.UNKNOWN)
+    verdicts = (verdict.OK, verdict.BAD, verdict.UNKNOWN)
     print("checks:", ", ".join(f"{sum(f.verdict == verdict for f in findings)} {verdict}" for verdict in verdicts))
 
 
@@ -65,18 +65,18 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     if args.command == "probe":
         paths = {"data": args.data, "checkpoint": args.checkpoint, "results": args.results}
-        print(json.dumps(health.probe(args.node, args.nodes, args.rendezvous, args.platform, paths)), flush=True)
+        print(json.dumps(probe.probe(args.node, args.nodes, args.rendezvous, args.platform, paths)), flush=True)
         return 0
     try:
         if args.allreduce:
-            findings = [fitness.judge_allreduce(measured_bandwidth(args.allreduce), args.nodes, args.accelerator)]
+            findings = [verdict.judge_allreduce(measured_bandwidth(args.allreduce), args.nodes, args.accelerator)]
         else:
-            findings = fitness.judge(read_probes(args.probes), args.nodes, args.gpus, args.platform, args.accelerator)
+            findings = verdict.judge(read_probes(args.probes), args.nodes, args.gpus, args.platform, args.accelerator)
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {args.probes}: cannot be judged: {error}", file=sys.stderr)
         return 2
     show(findings, args.mode)
-    return fitness.exit_status(findings, args.mode)
+    return verdict.exit_status(findings, args.mode)
 
 
 if __name__ == "__main__":

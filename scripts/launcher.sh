@@ -48,7 +48,7 @@ docker_prefix() { # where
 task_variables() {
   {
     sed -n 's/^ *export \([A-Z][A-Z0-9_]*\)=.*/\1/p' "${TREE}"/config_*.sh
-    sed -n 's/.*_setting("\([A-Z][A-Z0-9_]*\)".*/\1/p' "${TREE}/src/llama2_lora/settings.py"
+    sed -n 's/.*_setting("\([A-Z][A-Z0-9_]*\)".*/\1/p' "${TREE}/src/llama2_lora/config/settings.py"
     printf '%s\n' MASTER_ADDR MASTER_PORT BIND PYTHON
     compgen -e | grep -E '^(NCCL|UCX|NVTE|TORCH|GLOO|CUBLAS|CUDNN)_' || true
   } | sort -u | grep -vx CONT_MOUNTS | grep -Fxf <(compgen -e)

@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from llama2_lora import benchmark
+from llama2_lora.config import rules
 from llama2_lora.judge.checks import judge
 from llama2_lora.judge.results import CONFIG_KEYS, Summary
 from llama2_lora.judge.run import Run
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--system", type=Path, required=True, metavar="FILE", help="system description, JSON, named after the system"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="DIR/<submitter> must not exist")
-    parser.add_argument("--ruleset", choices=benchmark.RULESETS, default="5.1.0", help="rules to check by (5.1.0)")
+    parser.add_argument("--ruleset", choices=rules.RULESETS, default="5.1.0", help="rules to check by (5.1.0)")
     parser.add_argument("--accept-unconverged", action="store_true", help="take one run that failed to converge (§12)")
     arguments = parser.parse_args(argv)
     if not arguments.folder.is_dir():
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_problems(summary: Summary, accept_unconverged: bool) -> Iterator[str]:
     """Why these runs are no result, each with its rule."""
-    runs, needed = summary.runs, benchmark.RUNS_PER_RESULT
+    runs, needed = summary.runs, rules.RUNS_PER_RESULT
     if len(runs) != needed:
         yield f"{len(runs)} runs: a result needs exactly {needed} (§12); take all that were run, not the best"
     yield from mixed_configs(summary)
@@ -206,10 +206,10 @@ def build(target: Path, summary: Summary, system_id: str, system: dict[str, Any]
         tree, copy = Path(folder, "tree"), Path(folder, "copy")
         _write(tree / "systems" / f"{name}.json", json.dumps(system, indent=2) + "\n")
         for index, run in enumerate(summary.runs):
-            result = tree / "results" / name / benchmark.NAME / f"result_{index}.txt"
+            result = tree / "results" / name / rules.NAME / f"result_{index}.txt"
             _write(result, "")
             shutil.copyfile(run.path, result)
-        implementations = tree / "benchmarks" / benchmark.NAME / "implementations"
+        implementations = tree / "benchmarks" / rules.NAME / "implementations"
         for path in code_files():
             (implementations / IMPLEMENTATION / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / path, implementations / IMPLEMENTATION / path)
@@ -228,7 +228,7 @@ def write_instructions(folder: Path, name: str, summary: Summary) -> None:
     source = config["config_filename"]
     code = f'cd "$(dirname "$0")/../{IMPLEMENTATION}"'
     _write(folder / f"{name}_{IMPLEMENTATION}.json", json.dumps(config, indent=2) + "\n")
-    readme = f"""# {benchmark.NAME} on {name}
+    readme = f"""# {rules.NAME} on {name}
 
 Run setup.sh, init_datasets.sh and run_and_time.sh, in this order. They read CONT (image), DATADIR, MODEL and LOGDIR (folders).
 The code is in ../{IMPLEMENTATION} (revision {_git("describe", "--always", "--dirty").strip()}), its config is {source}.

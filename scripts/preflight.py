@@ -27,9 +27,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from llama2_lora import schedule
+from llama2_lora.config import schedule
+from llama2_lora.config.settings import Settings, SettingsError
 from llama2_lora.forecast.plan import Finding, misspelt, plan
-from llama2_lora.settings import Settings, SettingsError
 
 PIPE_WIDTH = 140  # columns where the output is no terminal
 SOURCE_SECONDS = 5
@@ -90,7 +90,7 @@ def report(arguments: argparse.Namespace) -> dict[str, Any]:
     values = plan(settings)
     extra = list(misspelt(env or {}))
     if arguments.inside:
-        from llama2_lora.forecast.inside import inspect
+        from llama2_lora.node.files import inspect
 
         values["inside"] = inspect(settings)
         extra += [Finding("no-go", f"{c['check']}: {c['text']}") for c in values["inside"] if c["passed"] is False]

@@ -1,107 +1,37 @@
 #!/usr/bin/env python3
-"""Pre-train the rehearsal's base model: a small Llama that has read reports, but no summary.
+"""Pre-train the rehearsal's base model: a small Llama that has read reports, but no summary. About 75 s on two cores.
 
-It stands in for Llama-2-70B: grouped queries, RMSNorm, RoPE, SwiGLU and untied embeddings in the proportions of Llama-2,
-saved in the same Hugging Face format, so that convert_model.py and training treat both alike. From here on it is frozen.
-About 75 s on two cores.
-
-    OUT/{config.json,model.safetensors,tokenizer.json,...}
+OUT/{config.json,model.safetensors,tokenizer.json,...}
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-from llama2_lora import artifact, govreport
-
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
-
-SHAPE = {
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-}
-STEPS = 600
-ROWS = 8  # per step
-LR, WEIGHT_DECAY, CLIP_NORM = 3e-3, 0.1, 1.0
-THREADS = 2  # at most: more do not help a model of this size, and the weights' last digits depend on how many
-
-
-def new_model(vocab_size: int, sequence_length: int, seed: int) -> LlamaForCausalLM:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.set_num_threads(min(THREADS, torch.get_num_threads()))
-    torch.manual_seed(seed)
-    # transformers' defaults for <s> and </s> are 1 and 2, as in the tokenizer.
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, max_position_embeddings=sequence_length, **SHAPE))
-
-
-def pretrain(model: LlamaForCausalLM, tokens: np.ndarray, steps: int, seed: int) -> None:
-    """AdamW with a cosine to 0, on random windows of `tokens`."""
-    import torch
-    from tqdm import tqdm
-
-    length = model.config.max_position_embeddings
-    rng = np.random.default_rng(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    bar = tqdm(range(steps), desc="pre-train", unit="step", mininterval=2, ncols=100)
-    for _ in bar:
-        starts = rng.integers(0, len(tokens) - length + 1, ROWS)
-        ids_BS = torch.from_numpy(np.stack([tokens[start : start + length] for start in starts]).astype(np.int64))
-        loss = model(input_ids=ids_BS, labels=ids_BS).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+from llama2_lora.rehearsal import base_model
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder that rehearsal_data.py made")
     parser.add_argument("--output", type=Path, required=True, metavar="OUT", help="folder of the model")
-    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=base_model.STEPS, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the first weights and the order (default: 1)")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    text = args.data / "base_text.npy"
     try:
-        manifest = govreport.read_manifest(args.data / "gov_report")
-        if manifest is None or not text.is_file():
-            raise ValueError(f"--data {args.data}: is not complete; run scripts/rehearsal_data.py --output {args.data}")
-        recipe = "\n".join([*map(govreport.file_sha256, (Path(__file__), text)), f"steps {args.steps} seed {args.seed}"])
-        if artifact.is_up_to_date(args.output, recipe):
-            print(f"{args.output}: is up to date")
-            return 0
-        model = new_model(manifest["vocab_size"], manifest["sequence_length"], args.seed)
-        pretrain(model, np.load(text), args.steps, args.seed)
-        with artifact.replaced(args.output, recipe) as folder:
-            model.save_pretrained(folder)
-            shutil.copytree(args.data / "tokenizer", folder, dirs_exist_ok=True)
+        made = base_model.make(args.data, args.output, args.steps, args.seed)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{args.output}: {model.num_parameters():,} weights, {args.steps} steps of {ROWS} rows")
+    print(f"{args.output}: {f'{args.steps} steps of {base_model.ROWS} rows' if made else 'is up to date'}")
     return 0
 
 

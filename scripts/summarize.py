@@ -28,7 +28,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from llama2_lora import benchmark
+from llama2_lora.config import rules
 from llama2_lora.judge.checks import judge
 from llama2_lora.judge.report import (
     COLUMNS,
@@ -53,7 +53,7 @@ MOST_MESSAGES = 3  # of the official checker, per run
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="LOGDIR")
-    parser.add_argument("--ruleset", choices=benchmark.RULESETS, default="5.1.0", help="rules to judge by (5.1.0)")
+    parser.add_argument("--ruleset", choices=rules.RULESETS, default="5.1.0", help="rules to judge by (5.1.0)")
     parser.add_argument("--peak-tflops", type=_positive, metavar="X", help="dense peak of one accelerator, for MFU")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
@@ -131,7 +131,7 @@ def print_csv(summary: Summary, peak_tflops: float | None) -> None:
 def print_summary(summary: Summary, peak_tflops: float | None) -> None:
     console = terminal(sys.stdout)
     if not summary.results:
-        console.print(f"no log of {benchmark.NAME} in {escape(str(summary.folder))}")
+        console.print(f"no log of {rules.NAME} in {escape(str(summary.folder))}")
     for result in summary.results:
         console.print(result_table(result, peak_tflops, console.width))
         console.print(escape(score_line(result)))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All checks: environment, ruff, mypy, import-linter, shellcheck, shfmt, pytest. Arguments go to pytest:
 #   scripts/test.sh                       everything
-#   scripts/test.sh tests/test_schedule.py -k eval
+#   scripts/test.sh tests/config/test_schedule.py -k eval
 set -euo pipefail
 
 lint() {

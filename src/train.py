@@ -11,8 +11,8 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
+from llama2_lora.config.settings import Settings, SettingsError, check_paths
 from llama2_lora.mlperf_log import MLPerfLog
-from llama2_lora.settings import Settings, SettingsError, check_paths
 from llama2_lora.weights.checkpoint import check_checkpoint, read_shape
 
 
@@ -40,7 +40,7 @@ def train(settings: Settings, shape, log: MLPerfLog) -> bool:
     from llama2_lora.training import recipe
     from llama2_lora.training.callback import MLPerfCallback
     from llama2_lora.training.data import GovReport
-    from llama2_lora.training.launch import SaveAdapter, no_garbage_collection, quiet_libraries, rendezvous, shared_seed
+    from llama2_lora.training.run import SaveAdapter, no_garbage_collection, quiet_libraries, rendezvous, shared_seed
 
     if settings.system.platform == "cpu":
         from llama2_lora.training.cpu import cpu_platform as platform

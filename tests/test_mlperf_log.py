@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, clean_environment, events, values
-from run_text import VALUES
-from test_settings import VALID
 
-from llama2_lora import benchmark
+from helpers import ROOT
+from helpers.environments import VALID
+from helpers.run_text import VALUES
+from helpers.training_runs import clean_environment, events, values
+from llama2_lora.config import rules
+from llama2_lora.config.settings import Settings
 from llama2_lora.mlperf_log import MLPerfLog, submission_values
-from llama2_lora.settings import Settings
 
 # What a run says of itself besides submission_values
 DESCRIPTION = {"seed": 1} | {key: value for key, value in VALUES.items() if not key.startswith("submission_")}
@@ -39,7 +40,7 @@ def whole_run(log: MLPerfLog, loss: float) -> None:
     log.eval_start(1536)
     log.eval_accuracy(loss, 1536)
     log.eval_stop(1536)
-    log.run_stop(loss <= benchmark.TARGET_LOSS, 1536)
+    log.run_stop(loss <= rules.TARGET_LOSS, 1536)
 
 
 def check(ruleset: str, path: Path) -> subprocess.CompletedProcess[str]:
@@ -52,7 +53,7 @@ def _info(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")  # mllog's handler keeps the stdout of the first test: read the records instead
 
 
-@pytest.mark.parametrize("ruleset", benchmark.RULESETS)
+@pytest.mark.parametrize("ruleset", rules.RULESETS)
 def test_a_run_passes_the_official_checker(ruleset: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole_run(MLPerfLog(rank=0), 0.92)
     path = tmp_path / "run.log"

@@ -13,8 +13,8 @@ from typing import Any
 from mlperf_logging import mllog
 from mlperf_logging.mllog import constants
 
-from llama2_lora import benchmark
-from llama2_lora.settings import Settings
+from llama2_lora.config import rules
+from llama2_lora.config.settings import Settings
 
 # event -> (states in which it is legal, state after it; None: stays)
 _ORDER: dict[str, tuple[tuple[str, ...], str | None]] = {
@@ -141,7 +141,7 @@ def submission_values(settings: Settings) -> dict[str, Any]:
     if settings.system.platform == "cpu":
         platform = "CPU rehearsal, not a submission"
     return {
-        constants.SUBMISSION_BENCHMARK: benchmark.NAME,
+        constants.SUBMISSION_BENCHMARK: rules.NAME,
         constants.SUBMISSION_ORG: s.organization,
         constants.SUBMISSION_DIVISION: s.division,
         constants.SUBMISSION_STATUS: s.status,

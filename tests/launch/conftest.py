@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from launch.jobs import HERE, Cluster, Site, make_site
 
 NODE_LOCAL = ("/run/spank_stub", "/run/l2ltest-disk")  # the second: a disk that every node has its own of

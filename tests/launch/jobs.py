@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from conftest import make_data
+from helpers.training_runs import make_data
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests/launch"

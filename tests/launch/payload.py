@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
+from llama2_lora.config.settings import Settings
 from llama2_lora.mlperf_log import MLPerfLog, submission_values
-from llama2_lora.settings import Settings
 
 FIRST_SEED = 100
 BUILT = dict(

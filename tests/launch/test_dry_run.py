@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llama2_lora import settings
+from llama2_lora.config import settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = {"DATADIR": "/my data", "MODEL": "/model", "LOGDIR": "/nowhere/logs", "CONT": "/images/x.sqsh"}

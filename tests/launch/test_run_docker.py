@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from launch.jobs import FIRST_SEED, HERE, ROOT, make_files, make_image, processes_with, run_stops, values
 
 

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import make_data
+
+from helpers.training_runs import make_data
 from launch.jobs import run_stops, values
 
 pytestmark = pytest.mark.slurm

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SEQUENCE, TRAIN_ROWS, VALIDATION_ROWS, VOCAB, make_model
-from launch.jobs import ROOT, events, run_stops, values
 
-from llama2_lora import govreport
+from helpers.training_runs import SEQUENCE, TRAIN_ROWS, VALIDATION_ROWS, VOCAB, make_model
+from launch.jobs import ROOT, events, run_stops, values
+from llama2_lora.data import packed
 
 pytestmark = pytest.mark.slurm
 TOKEN = 5
@@ -22,8 +22,8 @@ def make_one_token_data(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for name, rows in (("train.npy", TRAIN_ROWS), ("validation.npy", VALIDATION_ROWS)):
         ids = np.full((rows, SEQUENCE), TOKEN, np.uint16)
-        govreport.write_split(folder / name, ids, np.ones_like(ids, dtype=np.uint8))
-    govreport.write_manifest(folder, SEQUENCE, VOCAB, "tests", "none")
+        packed.write_split(folder / name, ids, np.ones_like(ids, dtype=np.uint8))
+    packed.write_manifest(folder, SEQUENCE, VOCAB, "tests", "none")
 
 
 def make_sure_model(folder: Path) -> None:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from llama2_lora import benchmark
+from llama2_lora.config import rules
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _between(points: list[Point], gbs: int) -> Point:
 
 def _bound(mean: float, deviation: float, reference_runs: int) -> float:
     """The mean at which the t-test of two samples with equal deviations is at 5%."""
-    runs = benchmark.RUNS_PER_RESULT - 2
+    runs = rules.RUNS_PER_RESULT - 2
     freedom = reference_runs + runs - 2
     pooled = deviation * math.sqrt(1 / reference_runs + 1 / runs)
     return mean - T_QUANTILE[freedom] * pooled

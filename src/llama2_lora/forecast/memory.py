@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llama2_lora.accelerators import Accelerator
+from llama2_lora.config.settings import Settings
+from llama2_lora.gpus import Accelerator
 from llama2_lora.llama2 import LlamaShape
-from llama2_lora.settings import Settings
 
 BF16, FP32, FP8, FP4 = 2.0, 4.0, 1.0, 0.5
 BLOCK_SCALES = 1 / 32  # MXFP8: a byte per 32 values

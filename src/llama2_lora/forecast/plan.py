@@ -11,14 +11,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llama2_lora import benchmark, schedule
-from llama2_lora.accelerators import Accelerator, accelerator_of
+from llama2_lora.config import rules, schedule
+from llama2_lora.config.settings import FIXED_IN_CLOSED, Settings, value_of, variables, walltime_minutes
 from llama2_lora.forecast import convergence
 from llama2_lora.forecast.convergence import Convergence
 from llama2_lora.forecast.memory import Memory, memory_per_gpu, what_would_fit
 from llama2_lora.forecast.timing import Interval, Work, forecast
+from llama2_lora.gpus import Accelerator, accelerator_of
 from llama2_lora.llama2 import LLAMA2_70B
-from llama2_lora.settings import FIXED_IN_CLOSED, Settings, value_of, variables, walltime_minutes
 
 # Published v4.1 and v5.0 entries: 0.5 to 6.8 minutes, median 1.5 (benchmarks/published_results.csv).
 INIT_MINUTES = 3.0
@@ -53,7 +53,7 @@ def plan(settings: Settings) -> dict[str, Any]:
         "evaluation": _evaluation(settings),
         "learning_rate": learning_rates(settings, steps),
         "convergence": None if reference is None or _rehearsal(settings) else asdict(reference) | {"steps": steps},
-        "rules": [] if _rehearsal(settings) else list(rules(settings)),
+        "rules": [] if _rehearsal(settings) else list(rule_checks(settings)),
         "forecast": times,
         "memory": None if found is None else _memory(found),
         "findings": [asdict(finding) for finding in findings],
@@ -119,7 +119,7 @@ def _rehearsal(settings: Settings) -> bool:
 # ---- Rules -----------------------------------------------------------------------------------------------------------
 
 
-def rules(settings: Settings) -> Iterator[dict[str, Any]]:
+def rule_checks(settings: Settings) -> Iterator[dict[str, Any]]:
     """What the rules ask and what the config does. Settings already refuses most violations in the closed division."""
     gbs, run, trials = settings.global_batch_size, settings.run, settings.system.trials
     changed = [name for name, fixed in FIXED_IN_CLOSED.items() if value_of(settings, name) != fixed]
@@ -133,8 +133,8 @@ def rules(settings: Settings) -> Iterator[dict[str, Any]]:
     yield _rule("evaluations skipped", skip == schedule.skipped_evaluations(gbs), f"{skip} at GBS {gbs}", "§9.4")
     text = "a new one from /dev/urandom for every run" if run.seed is None else f"{run.seed} for all {trials} runs"
     yield _rule("seed", run.seed is None or trials == 1, text, "§5.1")
-    enough = trials == benchmark.RUNS_PER_RESULT
-    yield _rule("runs", enough, f"{trials}; a result takes {benchmark.RUNS_PER_RESULT}", "§12")
+    enough = trials == rules.RUNS_PER_RESULT
+    yield _rule("runs", enough, f"{trials}; a result takes {rules.RUNS_PER_RESULT}", "§12")
 
 
 def _rule(name: str, kept: bool, text: str, paragraph: str) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _rule_findings(settings: Settings) -> Iterator[Finding]:
     if _rehearsal(settings):
         return
     closed = settings.submission.division == "closed"
-    for rule in rules(settings):
+    for rule in rule_checks(settings):
         if not rule["kept"]:
             broken = closed and rule["rule"] == "seed"
             yield Finding("no-go" if broken else "warning", f"{rule['rule']}: {rule['text']} ({rule['paragraph']})")

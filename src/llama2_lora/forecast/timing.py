@@ -17,10 +17,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from llama2_lora import benchmark
-from llama2_lora.accelerators import Accelerator
+from llama2_lora.config import rules
+from llama2_lora.config.settings import Settings
+from llama2_lora.gpus import Accelerator
 from llama2_lora.llama2 import LLAMA2_70B, LlamaShape
-from llama2_lora.settings import Settings
 
 NETWORK_GB_S = 50  # one 400 Gb/s port a GPU, where a group leaves the fast links
 MEMORY_EFFICIENCY = 0.8
@@ -69,7 +69,7 @@ class Work:
     precision: str = "fp8"  # of the linear layers: bf16, fp8 or fp4
     recompute: bool = False
     offload: bool = False
-    sequence_length: int = benchmark.SEQUENCE_LENGTH
+    sequence_length: int = rules.SEQUENCE_LENGTH
     shape: LlamaShape = field(default=LLAMA2_70B, repr=False)
 
     @classmethod
@@ -132,7 +132,7 @@ def eval_seconds(work: Work, constants: Constants = FITTED) -> float:
     linear, attention = forward_flop(work.shape, work.sequence_length)
     trained = linear * (1 + BACKWARD) + attention * (1 + ATTENTION_BACKWARD)
     forward = _micro_batch_seconds(replace(work, recompute=False), constants) * (linear + attention) / trained
-    rounds = math.ceil(benchmark.EVAL_SEQUENCES / work.replicas)
+    rounds = math.ceil(rules.EVAL_SEQUENCES / work.replicas)
     return rounds * constants.eval_share * forward * _straggling(work, constants) + constants.eval_fixed_seconds
 
 

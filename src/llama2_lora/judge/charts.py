@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
-from llama2_lora import benchmark
+from llama2_lora.config import rules
 from llama2_lora.judge.published import envelope
 from llama2_lora.judge.results import Result
 from llama2_lora.judge.run import Run
@@ -109,7 +109,7 @@ def loss_chart(result: Result) -> str:
     usual = next((row.sequences for row in published if row.share_converged >= 0.5), 0)
     end = max(usual, *(s * 1.1 for s, _ in points))
     published = [row for row in published if row.sequences <= end]
-    losses = [loss for _, loss in points] + [benchmark.TARGET_LOSS]
+    losses = [loss for _, loss in points] + [rules.TARGET_LOSS]
     losses += [v for row in published for v in (row.p05, row.p95)]
     sequences = [s for s, _ in points] + [row.sequences for row in published]
     axes = Axes(_range(sequences), _range(losses), ("training sequences", "evaluation loss (nats)"))
@@ -118,8 +118,8 @@ def loss_chart(result: Result) -> str:
         high = [(row.sequences, row.p95) for row in reversed(published)]
         axes.area(low + high, "band", f"published 70B runs, GBS {published[0].gbs}: 5% to 95%")
         axes.line([(row.sequences, row.median) for row in published], "median", "median of the published 70B runs")
-    axes.line([(axes.x[0], benchmark.TARGET_LOSS), (axes.x[1], benchmark.TARGET_LOSS)], "target")
-    axes.text((axes.x[0], benchmark.TARGET_LOSS), f"target {benchmark.TARGET_LOSS}", "small", (4, 12))
+    axes.line([(axes.x[0], rules.TARGET_LOSS), (axes.x[1], rules.TARGET_LOSS)], "target")
+    axes.text((axes.x[0], rules.TARGET_LOSS), f"target {rules.TARGET_LOSS}", "small", (4, 12))
     for run in result.runs:
         if run.evaluations:
             title = f"{run.path.name}, seed {run.seed}: {run.evaluations[-1][1]:.4f} at {run.evaluations[-1][0]:,}"

@@ -19,13 +19,13 @@ from llama2_lora.judge.runlog import Event, number, samples_count
 from llama2_lora.judge.systems import round_of
 
 FIXED = {  # key -> (value, section)
-    "lora_rank": (benchmark.LORA_RANK, "§9.1"),
-    "lora_alpha": (benchmark.LORA_ALPHA, "§9.1"),
-    "opt_gradient_clip_norm": (benchmark.GRADIENT_CLIP_NORM, "§9.1"),
-    "opt_adamw_weight_decay": (benchmark.WEIGHT_DECAY, "§9.1"),
-    "target_accuracy": (benchmark.TARGET_LOSS, "§4.1"),
-    "train_samples": (benchmark.TRAIN_SEQUENCES, "§4.1"),
-    "eval_samples": (benchmark.EVAL_SEQUENCES, "§9.4"),
+    "lora_rank": (rules.LORA_RANK, "§9.1"),
+    "lora_alpha": (rules.LORA_ALPHA, "§9.1"),
+    "opt_gradient_clip_norm": (rules.GRADIENT_CLIP_NORM, "§9.1"),
+    "opt_adamw_weight_decay": (rules.WEIGHT_DECAY, "§9.1"),
+    "target_accuracy": (rules.TARGET_LOSS, "§4.1"),
+    "train_samples": (rules.TRAIN_SEQUENCES, "§4.1"),
+    "eval_samples": (rules.EVAL_SEQUENCES, "§9.4"),
 }
 DATA_EVENTS = ("block_start", "epoch_start", "eval_start", "eval_accuracy")
 DIVISION = "submission_division"
@@ -100,9 +100,9 @@ def _convergence(run: Run) -> Iterator[Finding]:
     if run.status == "unfinished":
         yield Finding("error", "no run_stop", f"the log ends without run_stop: killed, crashed or still running; {last}")
     elif not run.converged:
-        yield Finding("error", "not converged", f"{run.status}: {last}, target {benchmark.TARGET_LOSS} (§4.1)")
+        yield Finding("error", "not converged", f"{run.status}: {last}, target {rules.TARGET_LOSS} (§4.1)")
     if reported == "success" and reached is None:
-        text = f"run_stop says success, but no evaluation is at or below {benchmark.TARGET_LOSS}: {last}"
+        text = f"run_stop says success, but no evaluation is at or below {rules.TARGET_LOSS}: {last}"
         yield Finding("error", "false status", text)
     if reached is not None and run.evaluations[-1][0] > reached:
         yield Finding("warning", "ran on", f"went on training after it reached the target at {reached} sequences")

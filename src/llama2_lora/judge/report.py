@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from llama2_lora import schedule
+from llama2_lora.config import schedule
 from llama2_lora.judge.charts import loss_chart, throughput_chart, time_chart
 from llama2_lora.judge.published import envelope
 from llama2_lora.judge.results import Result, Summary

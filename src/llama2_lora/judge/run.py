@@ -105,7 +105,7 @@ class Run:
 
     @property
     def sequences_to_converge(self) -> int | None:
-        return next((s for s, loss in self.evaluations if 0 < loss <= benchmark.TARGET_LOSS), None)
+        return next((s for s, loss in self.evaluations if 0 < loss <= rules.TARGET_LOSS), None)
 
     @property
     def reported_status(self) -> str | None:

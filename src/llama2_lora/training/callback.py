@@ -19,9 +19,9 @@ from megatron.core.num_microbatches_calculator import (
 )
 from mlperf_logging.mllog import constants
 
+from llama2_lora.config.settings import Settings
 from llama2_lora.mlperf_log import MLPerfLog, submission_values
-from llama2_lora.settings import Settings
-from llama2_lora.training.lora import SeededLoRA
+from llama2_lora.training.adapter import SeededLoRA
 from llama2_lora.training.warmup import warm_up
 
 

@@ -19,8 +19,9 @@ from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.plugins.data_sampler import DataSampler
 from torch.utils.data import Dataset
 
-from llama2_lora import benchmark, govreport
-from llama2_lora.settings import Settings
+from llama2_lora.config import rules
+from llama2_lora.config.settings import Settings
+from llama2_lora.data import packed
 
 PADDING = -1  # a row index that stands for an empty row
 
@@ -34,7 +35,7 @@ class PackedRows(Dataset):
 
     @cached_property
     def records(self) -> np.ndarray:
-        return govreport.open_split(self.path, self.sequence_length, self.vocab_size, self.rows)
+        return packed.open_split(self.path, self.sequence_length, self.vocab_size, self.rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if index == PADDING:
@@ -43,7 +44,7 @@ class PackedRows(Dataset):
         else:
             record = self.records[index]
             tokens_S = record["input_ids"].astype(np.int64)
-            mask_S = govreport.aligned_mask(record["loss_mask"], self.mask_alignment)
+            mask_S = packed.aligned_mask(record["loss_mask"], self.mask_alignment)
             weights_S = (mask_S / mask_S.sum()).astype(np.float32)
         labels_S = np.roll(tokens_S, -1)  # the last position has no target; its weight is 0
         return {
@@ -99,10 +100,10 @@ class GovReport(pl.LightningDataModule):
     def __init__(self, settings: Settings, seed: int, vocab_size: int) -> None:
         super().__init__()
         self.settings, self.seed, self.vocab_size = settings, seed, vocab_size
-        manifest = govreport.read_manifest(Path(settings.run.data_path))  # metadata: allowed before run_start
+        manifest = packed.read_manifest(Path(settings.run.data_path))  # metadata: allowed before run_start
         files = manifest["files"] if manifest else {}
-        self.train_rows = files.get("train.npy", {}).get("rows", benchmark.TRAIN_SEQUENCES)
-        self.validation_rows = files.get("validation.npy", {}).get("rows", benchmark.EVAL_SEQUENCES)
+        self.train_rows = files.get("train.npy", {}).get("rows", rules.TRAIN_SEQUENCES)
+        self.validation_rows = files.get("validation.npy", {}).get("rows", rules.EVAL_SEQUENCES)
         dp, micro = settings.data_parallel_size, settings.batch.validation_micro
         self.data_sampler = Sampler(settings, -(-self.validation_rows // (dp * micro)))
 

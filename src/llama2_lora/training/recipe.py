@@ -24,10 +24,10 @@ from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptim
 from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
-from llama2_lora import benchmark
+from llama2_lora.config import rules
+from llama2_lora.config.settings import Settings
 from llama2_lora.llama2 import LLAMA2_70B, LlamaShape
-from llama2_lora.settings import Settings
-from llama2_lora.training.lora import SeededLoRA
+from llama2_lora.training.adapter import SeededLoRA
 from llama2_lora.training.model import LoraLlama, data_step, forward_step
 
 
@@ -86,9 +86,9 @@ def build_optimizer(settings: Settings) -> MegatronOptimizerModule:
         optimizer="adam",  # Megatron's name for AdamW: decoupled weight decay is its default
         lr=o.lr,
         weight_decay=o.weight_decay,
-        adam_beta1=benchmark.ADAM_BETAS[0],
-        adam_beta2=benchmark.ADAM_BETAS[1],
-        adam_eps=benchmark.ADAM_EPSILON,
+        adam_beta1=rules.ADAM_BETAS[0],
+        adam_beta2=rules.ADAM_BETAS[1],
+        adam_eps=rules.ADAM_EPSILON,
         clip_grad=o.clip_norm,
         use_distributed_optimizer=True,
     )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from llama2_lora.settings import Settings
+from llama2_lora.config.settings import Settings
 from llama2_lora.training.data import Sampler, synthetic_batches
 
 

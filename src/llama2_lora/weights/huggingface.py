@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import huggingface_hub
 import numpy as np
 
-from llama2_lora.download import hub
+from llama2_lora.hub import client
 from llama2_lora.llama2 import Block, LlamaShape, hf_tensors
 
 PIECE_BYTES = 1 << 20
@@ -150,12 +150,12 @@ def open_model(source: str, revision: str = "main") -> HFModel:
         cached = huggingface_hub.snapshot_download(source, revision=revision, local_files_only=True)
         return HFModel(Path(cached), source)
     except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.LocalEntryNotFoundError, ValueError):
-        return HFModel(_download(hub.Repository(source, revision)), source)
+        return HFModel(_download(client.Repository(source, revision)), source)
 
 
-def _download(repository: hub.Repository) -> Path:
+def _download(repository: client.Repository) -> Path:
     """Bring what is needed of a repository into the hub's cache; returns the snapshot's folder."""
-    repository, files = hub.list_files(repository, (*FETCHED, *FETCHED_WEIGHTS))
+    repository, files = client.list_files(repository, (*FETCHED, *FETCHED_WEIGHTS))
     for kind in FETCHED_WEIGHTS:
         weights = [file for file in files if Path(file.path).match(kind)]
         if weights:
@@ -164,19 +164,19 @@ def _download(repository: hub.Repository) -> Path:
     cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
     cache.mkdir(parents=True, exist_ok=True)
     here = [huggingface_hub.try_to_load_from_cache(repository.id, f.path, revision=repository.revision) for f in weights]
-    hub.check_space(cache, sum(file.bytes for file, path in zip(weights, here, strict=True) if not isinstance(path, str)))
+    client.check_space(cache, sum(file.bytes for file, path in zip(weights, here, strict=True) if not isinstance(path, str)))
     names = [file.path for file in (*others, *weights)]
     print(f"downloading {repository.id} at {repository.revision}: {sum(f.bytes for f in weights) / 1e9:.1f} GB into {cache}")
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
-    for tries_left in reversed(range(hub.IDLE_TRIES)):
+    for tries_left in reversed(range(client.IDLE_TRIES)):
         try:
             return Path(huggingface_hub.snapshot_download(repository.id, revision=repository.revision, allow_patterns=names))
         except OSError as error:
-            dropped = isinstance(error, hub.TRANSIENT) or "Consistency check failed" in str(error)
+            dropped = isinstance(error, client.TRANSIENT) or "Consistency check failed" in str(error)
             if not (dropped and tries_left):
-                raise hub.HubError(hub.explain(error, repository)) from error
-        time.sleep(hub.WAIT_SECONDS)
+                raise client.HubError(client.explain(error, repository)) from error
+        time.sleep(client.WAIT_SECONDS)
     raise AssertionError("the last try returns or raises")
 
 

@@ -6,7 +6,7 @@ context parallelism. Nothing here is imported on a GPU.
 
 from __future__ import annotations
 
+from llama2_lora.training.cpu.device import cpu_platform
 from llama2_lora.training.cpu.layers import CPU_MODEL_OPTIONS, cpu_layer_spec
-from llama2_lora.training.cpu.platform import cpu_platform
 
 __all__ = ["CPU_MODEL_OPTIONS", "cpu_layer_spec", "cpu_platform"]

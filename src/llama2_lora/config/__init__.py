@@ -1,0 +1,1 @@
+"""What a run is set to: the benchmark's rules, its schedule, the settings of the environment."""

@@ -1,0 +1,1 @@
+"""Hugging Face's hub: listing, downloading and verifying files, some of them in pieces."""

@@ -1,0 +1,220 @@
+"""Is every node of the job fit to train on? Judges what health.py's probes said on all nodes.
+
+`judge()` returns one `Finding` per node and check, then one per comparison of the nodes. What a node could not say is `not
+checked`. All thresholds are in `LIMITS` and `LINKS`; memory is the part's own (accelerators.py).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llama2_lora.gpus import ACCELERATORS
+from llama2_lora.node.probe import GIB
+
+OK, BAD, UNKNOWN = "ok", "bad", "not checked"
+Check = tuple[str, str, str] | tuple[str, str, str, bool]  # name, verdict, detail, and whether it is fatal
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What every node must keep, whatever its GPUs."""
+
+    driver_major: int = 535  # oldest data-centre branch from which CUDA 13 images run through forward compatibility
+    memory_share: float = 0.98  # of the part's memory: less is another part
+    used_gib: float = 2.0  # more before the job starts means somebody else's process
+    temperature_celsius: int = 80  # idle GPUs are far below
+    shared_memory_gib: float = 1.0  # docker's default of 64 MiB makes NCCL and data workers die with a bus error
+    results_gib: float = 1.0  # logs and one adapter
+    clock_skew_seconds: float = 1.0  # events of one log would be out of order
+
+
+@dataclass(frozen=True)
+class Links:
+    """What links a GPU model must show. All-reduce bus bandwidth in GB/s, on one node and on more: floors that a wrong
+    interface or a dead link misses, well below healthy systems."""
+
+    nvlinks: int
+    allreduce_one_node: float
+    allreduce_many_nodes: float
+
+
+LIMITS = Limits()
+LINKS = {
+    "H100": Links(18, 300, 200),
+    "H200": Links(18, 300, 200),
+    "B200": Links(18, 500, 200),
+    "B300": Links(18, 500, 200),
+    "GB200": Links(18, 500, 400),  # 72 GPUs share one NVLink domain
+    "GB300": Links(18, 500, 400),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check's verdict. `fatal` ones count even with HEALTH=off: without the files there is no run."""
+
+    node: str
+    check: str
+    verdict: str
+    detail: str
+    fatal: bool = False
+
+
+def judge(probes: Sequence[dict[str, Any]], nodes: int, gpus: int, platform: str, accelerator: str) -> list[Finding]:
+    """One finding per node and check, then what only a comparison of the nodes shows."""
+    findings = []
+    if len(probes) != nodes:
+        findings.append(Finding("job", "nodes", BAD, f"{len(probes)} of {nodes} nodes answered the probe", fatal=True))
+    for seen in probes:
+        checks = [*_file_checks(seen), *_host_checks(seen)]
+        if platform == "gpu":
+            checks += [*_gpu_checks(seen, gpus, accelerator), *_link_checks(seen, nodes, LINKS.get(accelerator))]
+        findings += [Finding(seen["host"], *check) for check in checks]
+    return findings + [Finding("job", *check) for check in _comparisons(probes, platform)]
+
+
+def _file_checks(seen: dict[str, Any]) -> Iterator[Check]:
+    data, checkpoint = seen["data"], seen["checkpoint"]
+    if "error" in data:
+        yield "data", BAD, f"{data['error']}; is DATADIR the folder that download_dataset.py wrote?", True
+    elif data["manifest"] is None:
+        yield "data", UNKNOWN, "no manifest.json beside the files: run download_dataset.py --check once"
+    else:
+        pairs = [(name, data["bytes"].get(name), size) for name, size in data["manifest"].items()]
+        wrong = [f"{name} has {found} bytes, manifest says {size}" for name, found, size in pairs if found != size]
+        yield ("data", BAD, "; ".join(wrong), True) if wrong else ("data", OK, "sizes agree with the manifest")
+    if "error" in checkpoint:
+        yield "checkpoint", BAD, f"{checkpoint['error']}; is MODEL the folder of a NeMo checkpoint?", True
+    else:
+        yield "checkpoint", OK, f"{checkpoint['files']} files, {checkpoint['bytes'] / GIB:.2f} GiB"
+    if seen["results_writable"]:
+        yield "results", OK, "writable"
+    else:
+        yield "results", BAD, "LOGDIR cannot be written to by this user", True
+
+
+def _host_checks(seen: dict[str, Any]) -> Iterator[Check]:
+    memory, disk = seen["shared_memory_gib"], seen["results_gib"]
+    yield _at_least("shared memory", memory, LIMITS.shared_memory_gib, "GiB free in /dev/shm (docker: --ipc=host)")
+    yield _at_least("disk", disk, LIMITS.results_gib, "GiB free under LOGDIR")
+    if "error" in seen["clock"]:
+        why = "a firewall, or names that resolve to an interface that the nodes do not share?"
+        yield "network", BAD, f"{seen['clock']['error']}; {why}"
+    else:
+        offset = seen["clock"]["offset_seconds"]
+        verdict = OK if abs(offset) <= LIMITS.clock_skew_seconds else BAD
+        yield "clock", verdict, f"{offset:+.3f} s from node 0, at most {LIMITS.clock_skew_seconds:g} allowed"
+
+
+def _at_least(check: str, value: float | None, limit: float, what: str) -> Check:
+    if value is None:
+        return check, UNKNOWN, what
+    return check, OK if value >= limit else BAD, f"{value:.1f} {what}, at least {limit:g} needed"
+
+
+def _gpu_checks(seen: dict[str, Any], gpus: int, accelerator: str) -> Iterator[Check]:
+    if seen["gpu"] is None:
+        yield "gpus", UNKNOWN, "nvidia-smi is absent or failed"
+        return
+    devices = seen["gpu"]["gpus"]
+    yield "gpus", OK if len(devices) == gpus else BAD, f"{len(devices)} of {gpus} GPUs are visible"
+    driver = seen["gpu"]["driver"]
+    old = not driver.split(".")[0].isdigit() or int(driver.split(".")[0]) < LIMITS.driver_major
+    yield "driver", BAD if old else OK, f"driver {driver}, at least {LIMITS.driver_major} needed"
+    problems = [f"GPU {i}: {problem}" for i, device in enumerate(devices) for problem in _device_problems(device, accelerator)]
+    yield "gpu state", BAD if problems else OK, "; ".join(problems) or "memory, clocks, ECC, MIG and fabric as expected"
+    optional = {"application_mhz"}  # newer drivers have no application clocks
+    if unread := sorted({key for device in devices for key, value in device.items() if value is None} - optional):
+        yield "gpu state", UNKNOWN, f"this driver does not report {', '.join(unread)}"
+
+
+def _device_problems(device: dict[str, Any], accelerator: str) -> Iterator[str]:
+    memory, used = device["memory_gib"], device["used_gib"]
+    part = ACCELERATORS.get(accelerator)
+    if part and memory and memory < LIMITS.memory_share * part.memory_bytes / GIB:
+        yield f"{device['name']} has {memory:.0f} GiB, {part.name} has {part.memory_bytes / GIB:.0f}: is ACCELERATOR right?"
+    if used and used > LIMITS.used_gib:
+        yield f"{used:.1f} GiB are in use before the job starts: another job or a left-over process"
+    if device["temperature"] and device["temperature"] > LIMITS.temperature_celsius:
+        yield f"{device['temperature']:.0f} C before any load"
+    if device["throttles"]:
+        yield f"slowed down by {', '.join(device['throttles'])}"
+    clock, highest = device["application_mhz"], device["max_sm_mhz"]
+    if clock and highest and clock < 0.9 * highest:
+        yield f"application clock {clock:.0f} MHz of {highest:.0f}: reset it with nvidia-smi -rac"
+    if device["ecc_uncorrectable"]:
+        yield f"{device['ecc_uncorrectable']:.0f} uncorrectable ECC errors since the driver's start: reset or replace it"
+    if device["remap_pending"]:
+        yield "a memory row waits for remapping or could not be remapped: reset or replace it"
+    if device["mig"]:
+        yield "MIG is on: switch it off with nvidia-smi -mig 0"
+    state, status = device["fabric"]
+    if state not in ("N/A", "Not Supported") and (state, status) != ("Completed", "Success"):
+        yield f"NVSwitch fabric state {state}, status {status}: is nvidia-fabricmanager running?"
+
+
+def _link_checks(seen: dict[str, Any], nodes: int, expected: Links | None) -> Iterator[Check]:
+    if seen["nvlink"] is None:
+        yield "nvlink", UNKNOWN, "nvidia-smi nvlink --status reports no link"
+    else:
+        usual = statistics.mode([speed for links in seen["nvlink"] for speed in links] or [0.0])
+        problems = [] if usual else ["most links are inactive"]
+        for gpu, links in enumerate(seen["nvlink"]):
+            slow = [f"{i} ({speed:g} GB/s)" for i, speed in enumerate(links) if speed < usual]
+            if slow:
+                problems.append(f"GPU {gpu}: links {', '.join(slow)} are slower than the usual {usual:g} GB/s")
+            if expected and len(links) < expected.nvlinks:
+                problems.append(f"GPU {gpu} has {len(links)} links of {expected.nvlinks}")
+        yield "nvlink", BAD if problems else OK, "; ".join(problems) or f"all links at {usual:g} GB/s"
+    if seen["infiniband"] is None:
+        yield "infiniband", UNKNOWN, "ibstat is absent or lists no port"
+        return
+    ports = [p for p in seen["infiniband"] if p.get("link layer") == "InfiniBand" and p.get("physical state") != "Disabled"]
+    down = [f"{p['name']} is {p.get('state')}/{p.get('physical state')}" for p in ports if not _active(p)]
+    if not ports:
+        yield "infiniband", UNKNOWN, "no InfiniBand port in use (Ethernet is not judged)"
+    else:
+        yield "infiniband", BAD if down and nodes > 1 else OK, "; ".join(down) or f"{len(ports)} ports active"
+
+
+def _comparisons(probes: Sequence[dict[str, Any]], platform: str) -> Iterator[Check]:
+    """What must be the same on every node. Files that differ are fatal: the nodes would train on different data."""
+    facts: dict[str, Any] = {"data": lambda s: s["data"].get("bytes"), "checkpoint": lambda s: s["checkpoint"]}
+    facts["software"] = lambda s: ", ".join(f"{name} {version}" for name, version in s["software"].items())
+    if platform == "gpu":
+        facts["driver"] = lambda s: s["gpu"] and s["gpu"]["driver"]
+        facts["GPUs"] = lambda s: s["gpu"] and sorted({d["name"] for d in s["gpu"]["gpus"]})
+        facts["InfiniBand"] = lambda s: s["infiniband"] and sorted(p.get("rate", "") for p in s["infiniband"] if _active(p))
+    for name, fact in facts.items():
+        values = Counter(str(fact(seen)) for seen in probes)
+        usual = values.most_common(1)[0][0] if values else "none"
+        odd = [f"{seen['host']}: {fact(seen)}" for seen in probes if str(fact(seen)) != usual]
+        fatal = name in ("data", "checkpoint")
+        yield (f"same {name}", BAD, f"most: {usual}; but {'; '.join(odd)}", fatal) if odd else (f"same {name}", OK, usual)
+
+
+def _active(port: dict[str, str]) -> bool:
+    return port.get("state") == "Active"
+
+
+def judge_allreduce(measured: float | None, nodes: int, accelerator: str) -> Finding:
+    """Bus bandwidth in GB/s against the floor of this accelerator."""
+    if measured is None:
+        return Finding("job", "all-reduce", BAD, "the test printed no result")
+    if not (expected := LINKS.get(accelerator)):
+        return Finding("job", "all-reduce", UNKNOWN, f"{measured:.1f} GB/s; no floor for ACCELERATOR={accelerator or 'unset'}")
+    floor = expected.allreduce_one_node if nodes == 1 else expected.allreduce_many_nodes
+    text = f"{measured:.1f} GB/s bus bandwidth, at least {floor:g} expected"
+    if measured >= floor:
+        return Finding("job", "all-reduce", OK, text)
+    hint = "NCCL_DEBUG=INFO names the interface taken; NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose it"
+    return Finding("job", "all-reduce", BAD, f"{text}: {hint}")
+
+
+def exit_status(findings: Sequence[Finding], mode: str) -> int:
+    """1 when a finding must stop the job: fatal ones always, others where mode is `fail`."""
+    return int(any(f.verdict == BAD and (f.fatal or mode == "fail") for f in findings))

@@ -1,0 +1,1 @@
+"""What the rehearsal makes for itself: documents, packed rows, a base model."""

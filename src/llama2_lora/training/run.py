@@ -1,0 +1,77 @@
+"""What surrounds a fit: one seed for all ranks, a quiet garbage collector, and the adapter written afterwards."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from nemo.utils import logging as nemo_logging
+
+from llama2_lora.config.settings import INT32, Settings
+from llama2_lora.llama2 import LlamaShape
+from llama2_lora.training.adapter import gather_adapter
+from llama2_lora.weights.checkpoint import write_adapter
+
+RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
+
+
+def quiet_libraries() -> None:
+    """Let NeMo, Lightning and Megatron log errors only: what a run has to say is in its MLPerf log."""
+    nemo_logging.setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric", "megatron.core", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def rendezvous(settings: Settings) -> torch.distributed.Store:
+    """The store at which all ranks meet, before there is a process group. Raises where one does not come."""
+    system = settings.system
+    meeting = torch.distributed.rendezvous("env://", system.rank, system.world_size or 1, timeout=RENDEZVOUS_TIMEOUT)
+    try:
+        store, _, _ = next(meeting)
+    except torch.distributed.DistNetworkError as error:
+        raise RuntimeError(
+            f"the ranks cannot meet: {error}; if another program holds the port, set another MASTER_PORT"
+        ) from error
+    return store
+
+
+def shared_seed(settings: Settings, store: torch.distributed.Store) -> int:
+    """SEED, or a number that rank 0 takes from /dev/urandom (rules §5.1); the same on every rank."""
+    if settings.system.rank == 0:
+        store.set("seed", str(secrets.randbelow(INT32) if settings.run.seed is None else settings.run.seed))
+    return int(store.get("seed"))
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """No collection inside: one takes tens of milliseconds on one rank, and all others wait for it."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+class SaveAdapter(pl.Callback):
+    """Write the whole adapter to RESULTS_PATH/adapter_SEED after run_stop: add it after the log's callback.
+
+    A callback, since after the fit Lightning has moved the model to the CPU, where NCCL cannot gather it.
+    """
+
+    def __init__(self, settings: Settings, shape: LlamaShape, seed: int) -> None:
+        self.settings, self.shape = settings, shape
+        self.folder = Path(settings.run.results_path) / f"adapter_{seed}"  # trials of a job share RESULTS_PATH, not a seed
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        tensors = gather_adapter(trainer.strategy.megatron_parallel)
+        if self.settings.system.rank == 0:
+            o = self.settings.optimization
+            write_adapter(self.folder, tensors, self.shape, o.lora_rank, o.lora_alpha)
