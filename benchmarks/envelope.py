@@ -4,11 +4,13 @@
     python benchmarks/envelope.py
 
 eval_curves.csv holds the evaluation losses of the runs in mlcommons/training_results_v4.1, _v5.0 and _v5.1 on NVIDIA GPUs, per
-group of one LR and one number of steps, and (lr empty) of all together: how many still ran at each evaluation, and the quantiles
-of their losses. Groups that evaluated at other points than the rules' (§9.4) are left out; where a GBS has no other (18), they
-stay and are labelled. Where a group was left out, the quantiles are those of the mixture of the others, each taken as piecewise
-linear between its five quantiles (GBS 16 and 64). At GBS 8, where the runs' own are known, the median of such a mixture is
-within 0.0002 of theirs, its 95% quantile up to 0.008 above where single runs are far off.
+group of one LR and one number of steps, and (lr empty) of all together: how many still ran at each evaluation, and the
+quantiles of their losses.
+
+Groups that evaluated at other points than the rules' (§9.4) are left out; where a GBS has no other (18), they stay and are
+labelled. Where a group was left out (16, 64), the quantiles are those of the mixture of the others, each taken as piecewise
+linear between its five quantiles. At GBS 8, where the runs' own are known, the median of such a mixture is within 0.0002 of
+theirs; its 95% quantile is up to 0.008 above, where single runs are far off.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from llama2_lora.config import schedule
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "src"))
-
-from llama2_lora import schedule
-
 TARGET = HERE.parent / "src/llama2_lora/judge/data/envelope.csv"
 LEAST_RUNS = 5  # still running; fewer say nothing
 QUANTILES = ("min", "p05", "median", "p95", "max")
@@ -40,6 +42,7 @@ ROUNDS = {
     (72, "fp8"): "v5.1",
     (128, "fp8"): "v4.1",
 }
+COLUMNS = ["gbs", "precision", "rounds", "schedule", "sequences", "runs", "running", "p05", "median", "p95", "share_converged"]
 HEADER = """\
 # Evaluation loss (nats) of published MLPerf Training llama2_70b_lora runs on NVIDIA GPUs. Made by benchmarks/envelope.py of
 # the runs' own logs (mlcommons/training_results_v4.1, _v5.0, _v5.1): figures only.
@@ -57,9 +60,7 @@ def main() -> int:
     with TARGET.open("w", newline="") as file:
         file.write(HEADER)
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(
-            ["gbs", "precision", "rounds", "schedule", "sequences", "runs", "running", "p05", "median", "p95", "share_converged"]
-        )
+        writer.writerow(COLUMNS)
         for (gbs, precision), found in sorted(groups.items()):
             for row in envelope(gbs, list(found.values())):
                 writer.writerow([gbs, precision, ROUNDS[gbs, precision], *row])

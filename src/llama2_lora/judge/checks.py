@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from llama2_lora import benchmark, schedule
-from llama2_lora.judge.published import EnvelopeRow, envelope, label
+from llama2_lora.config import rules, schedule
 from llama2_lora.judge.official import compliance_messages, official_score
+from llama2_lora.judge.published import EnvelopeRow, envelope, label
 from llama2_lora.judge.results import NAMES, Result, Summary, group, read_runs, repeats
 from llama2_lora.judge.run import USUAL_TRAIN_LOSS, Finding, Run
 from llama2_lora.judge.runlog import Event, number, samples_count
 from llama2_lora.judge.systems import round_of
+
+RULESETS = ("4.0.0", "4.1.0", *rules.RULESETS)  # those of mlperf_logging that know this benchmark
 
 FIXED = {  # key -> (value, section)
     "lora_rank": (rules.LORA_RANK, "§9.1"),
@@ -57,8 +59,9 @@ def _folders(results: list[Result]) -> Iterator[Finding]:
         for folder in {run.path.parent for run in result.runs}:
             places.setdefault(folder, []).append(result)
     for folder, here in places.items():
-        if len(here) > 1 and len({result.name for result in here}) < len(here):
-            yield Finding("warning", "mixed configs", f"{len(here)} configs in one folder", str(folder))
+        others = [result for result in here if not all(here[0].fits(run) for run in result.runs)]
+        if others:
+            yield Finding("warning", "mixed configs", f"{len(others) + 1} configs in one folder", str(folder))
         elif len(here) > 1:
             yield Finding("note", "several jobs", f"{len(here)} jobs in one folder, told apart by DATESTAMP", str(folder))
 

@@ -13,14 +13,14 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
 import yaml
 from mlperf_logging.compliance_checker import mlp_compliance
 
-from llama2_lora import benchmark
+from llama2_lora.config import rules
 from llama2_lora.forecast import convergence
 from llama2_lora.judge.run import Run
 from llama2_lora.judge.runlog import TOKEN, Event, RunLog, samples_count
@@ -82,11 +82,11 @@ def _compiled(source: str, mode: str) -> CodeType:
 
 
 def _eval(source: str, names: dict[str, Any], local: dict[str, Any] | None = None) -> Any:
-    return eval(_compiled(source, "eval"), names, local)  # noqa: S307  # the checker's own rules, from its package
+    return eval(_compiled(source, "eval"), names, local)  # the checker's own rules, from its package
 
 
 def _exec(source: str, names: dict[str, Any], local: dict[str, Any] | None = None) -> None:
-    exec(_compiled(source, "exec"), names, local)  # noqa: S102
+    exec(_compiled(source, "exec"), names, local)
 
 
 class _CachedYAML:
@@ -136,7 +136,7 @@ def quiet_mlperf() -> Iterator[None]:
 
 def official_score(runs: Sequence[Run], division: Any, ruleset: str) -> Score:
     """Olympic mean, RCP verdict and scaling, as mlperf_logging's rcp_checker and result_summarizer come to them."""
-    count, needed = len(runs), benchmark.RUNS_PER_RESULT
+    count, needed = len(runs), rules.RUNS_PER_RESULT
     if any(run.rehearsal for run in runs):
         return Score(reason=f"score: needs {needed} runs of the 70B model; a rehearsal has none")
     if count != needed:
@@ -148,17 +148,17 @@ def official_score(runs: Sequence[Run], division: Any, ruleset: str) -> Score:
 
 
 def _score(runs: Sequence[Run], division: Any, ruleset: str) -> Score:
-    score = Score(scaling=1.0, rcp="open division: not checked")
+    score, scaling = Score(rcp="open division: not checked"), 1.0
     if division == "closed":
         with quiet_mlperf():
             score.rcp_passed, score.rcp, factor = _rcp(runs, ruleset)
-        score.scaling = float(factor) if score.rcp_passed else 1.0
+        scaling = factor if score.rcp_passed else 1.0
     valid = sorted(run.train_minutes for run in runs if not run.compliance and run.train_minutes is not None)
     if len(runs) - len(valid) > 1:
         return Score(rcp=score.rcp, rcp_passed=score.rcp_passed, reason=_no_score(len(runs) - len(valid)))
-    counted = valid[1 : benchmark.RUNS_PER_RESULT - 1]  # without the fastest and the slowest; one that failed is the slowest
+    counted = valid[1 : rules.RUNS_PER_RESULT - 1]  # without the fastest and the slowest; one that failed is the slowest
     score.olympic_minutes = sum(counted) / len(counted)
-    score.minutes = score.olympic_minutes * score.scaling
+    score.minutes, score.scaling = score.olympic_minutes * scaling, scaling
     sequences = sorted(_sequences(run) for run in runs)[1:-1]
     score.sequences = sum(sequences) / len(sequences)
     if expected := convergence.expected(int(runs[0].gbs or 0)):
@@ -187,16 +187,17 @@ def _rcp(runs: Sequence[Run], ruleset: str) -> tuple[bool, str, float]:
         return False, "Batch sizes in files do not match.", 1.0
     sequences = [_sequences(run) for run in runs]
     converged = None if sequences.count(NOT_CONVERGED) > 1 else sequences
-    names = vars(rcp_checker)
+    checker, names = _rcp_checker(ruleset), vars(rcp_checker)
     original = {name: names[name] for name in ("get_submission_epochs", "RCP_Checker")}
     names.update(
-        get_submission_epochs=lambda *_: (runs[0].gbs, converged, benchmark.NAME),
-        RCP_Checker=lambda *_: _rcp_checker(ruleset),
+        get_submission_epochs=lambda *_: (runs[0].gbs, converged, rules.NAME),
+        RCP_Checker=lambda *_: checker,
     )
     try:
-        passed, message, factor = rcp_checker.check_directory(os.devnull, "training", ruleset, False, False, rcp_pass="pruned_rcps")
+        verdict = rcp_checker.check_directory(os.devnull, "training", ruleset, False, False, rcp_pass="pruned_rcps")
     finally:
         names.update(original)
+    passed, message, factor = verdict
     return bool(passed), str(message), float(factor)
 
 
@@ -205,7 +206,7 @@ def _rcp_checker(ruleset: str) -> Any:
     """One checker a ruleset: it searches its bounds with a hundred t-tests. It must neither write nor delete scaling.json."""
     from mlperf_logging.rcp_checker.rcp_checker import RCP_Checker
 
-    class Checker(RCP_Checker):  # type: ignore[misc]
+    class Checker(RCP_Checker):
         def _reset_results_scaling(self, results_dir: str) -> None:
             """The original removes `results_dir`/scaling.json; here there is no such folder."""
 
@@ -216,4 +217,4 @@ def _rcp_checker(ruleset: str) -> Any:
         def _find_min_acceptable_mean(self, mean: float, stdev: float, num_samples_ref: int) -> float:
             return self._bound(mean, stdev, num_samples_ref)
 
-    return Checker("training", ruleset, benchmark.NAME, False)
+    return Checker("training", ruleset, rules.NAME, False)

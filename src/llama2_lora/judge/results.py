@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
@@ -11,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama2_lora import benchmark
+from llama2_lora.config import rules
 from llama2_lora.judge.official import Score
 from llama2_lora.judge.power import in_power_folder, is_power_log, power_of, read_power
-from llama2_lora.judge.run import Finding, Run, figures
+from llama2_lora.judge.run import Finding, Run
 from llama2_lora.judge.runlog import RunLog, read_log
 from llama2_lora.judge.systems import find_system
 
@@ -102,47 +101,6 @@ class Summary:
         runs = [f for result in self.results for f in (*result.findings, *(f for r in result.runs for f in r.findings))]
         return sorted([*self.findings, *runs], key=lambda f: ("error", "warning", "note").index(f.level))
 
-    def as_dict(self, peak_tflops: float | None = None) -> dict[str, Any]:
-        whole = {
-            "folder": str(self.folder),
-            "ruleset": self.ruleset,
-            "ok": self.ok,
-            "results": [_result_dict(result, peak_tflops) for result in self.results],
-            "findings": [vars(f) for f in self.all_findings()],
-        }
-        return _strict(whole)
-
-
-def _strict(value: Any) -> Any:
-    """JSON has no NaN and no infinity; a log's values may."""
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _result_dict(result: Result, peak_tflops: float | None) -> dict[str, Any]:
-    runs = [
-        {
-            **figures(run, peak_tflops),
-            "losses": run.evaluations,
-            "compliance_messages": run.compliance,
-            "file": str(run.path),
-        }
-        for run in result.runs
-    ]
-    return {
-        "name": result.name,
-        "system": result.title,
-        "ok": result.ok,
-        "config": result.config,
-        "score": vars(result.score),
-        "gpu_hours": total(run.gpu_hours for run in result.runs),
-        "energy_kwh": total(run.energy_kwh for run in result.runs),
-        "runs": runs,
-    }
-
 
 def total(values: Iterable[float | None]) -> float | None:
     """The sum of what is known; None where nothing is."""
@@ -190,8 +148,8 @@ def read_runs(folder: Path) -> tuple[list[Run], list[Finding]]:
             found.append(_lone_power_log(log))
         else:
             run = Run(log)
-            name = run.values.get("submission_benchmark", benchmark.NAME)
-            if name != benchmark.NAME:
+            name = run.values.get("submission_benchmark", rules.NAME)
+            if name != rules.NAME:
                 found.append(Finding("note", "other benchmark", f"left out: a log of {name}", str(path)))
                 continue
             run.system, run.power = find_system(run), power.pop(str(path.with_suffix("")), None)
@@ -221,15 +179,15 @@ def group(runs: Iterable[Run], root: Path) -> list[Result]:
     """Runs by job and hyperparameters. A job is a folder, or the files of one DATESTAMP in it."""
     jobs: dict[tuple[Path, str], list[Result]] = {}
     for run in runs:
-        stamp = DATESTAMP.fullmatch(run.path.name)
-        results = jobs.setdefault((run.path.parent, stamp[1] if stamp else ""), [])
+        stamped = DATESTAMP.fullmatch(run.path.name)
+        results = jobs.setdefault((run.path.parent, stamped[1] if stamped else ""), [])
         result = next((r for r in results if r.fits(run)), None)
         if result is None:
             result = Result("")
             results.append(result)
         result.add(run)
     for (folder, stamp), results in jobs.items():
-        several = stamp and sum(place == folder for place, _ in jobs) > 1
+        several = bool(stamp) and sum(place == folder for place, _ in jobs) > 1
         for result in results:
             result.name = _place(folder, root) + (f"/{stamp}" if several else "")
     return _joined([result for results in jobs.values() for result in results], root)
@@ -242,7 +200,7 @@ def _place(folder: Path, root: Path) -> str:
 
 def _joined(results: list[Result], root: Path) -> list[Result]:
     """Jobs that are a whole result only together: ten runs in sub-folders, or of a job that was submitted again."""
-    needed = benchmark.RUNS_PER_RESULT
+    needed = rules.RUNS_PER_RESULT
     parts = [r for r in results if len(r.runs) < needed and not _in_submission(r)]
     for first in parts:
         same = [r for r in parts if r.runs and all(r.fits(run) for run in first.runs)]
@@ -256,12 +214,12 @@ def _joined(results: list[Result], root: Path) -> list[Result]:
 
 def _in_submission(result: Result) -> bool:
     """results/<system>/llama2_70b_lora: the tree says what belongs together."""
-    return result.runs[0].path.parent.name == benchmark.NAME
+    return result.runs[0].path.parent.name == rules.NAME
 
 
 def _join(parts: list[Result], root: Path) -> None:
     first, rest = parts[0], parts[1:]
-    text = f"{benchmark.RUNS_PER_RESULT} runs of {len(parts)} jobs or folders with the same hyperparameters, taken as one result"
+    text = f"{rules.RUNS_PER_RESULT} runs of {len(parts)} jobs or folders with the same hyperparameters, taken as one result"
     for other in rest:
         for run in other.runs:
             first.add(run)

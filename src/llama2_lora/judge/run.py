@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llama2_lora import benchmark
-from llama2_lora.accelerators import ACCELERATORS
+from llama2_lora.config import rules
+from llama2_lora.gpus import ACCELERATORS
 from llama2_lora.judge.blocks import Block, training_blocks
 from llama2_lora.judge.power import Power
 from llama2_lora.judge.published import envelope

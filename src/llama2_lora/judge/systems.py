@@ -6,21 +6,22 @@ import contextlib
 import functools
 import json
 import re
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from llama2_lora.accelerators import ACCELERATORS
+from llama2_lora.gpus import ACCELERATORS
 from llama2_lora.judge.run import Run, System
 
 # Submission rounds by the day on which their results were published; logs are some weeks older
 ROUNDS = (
-    ("v4.0", datetime(2024, 6, 12, tzinfo=UTC)),
-    ("v4.1", datetime(2024, 11, 13, tzinfo=UTC)),
-    ("v5.0", datetime(2025, 6, 4, tzinfo=UTC)),
-    ("v5.1", datetime(2025, 11, 12, tzinfo=UTC)),
+    ("v4.0", datetime(2024, 6, 12, tzinfo=timezone.utc)),
+    ("v4.1", datetime(2024, 11, 13, tzinfo=timezone.utc)),
+    ("v5.0", datetime(2025, 6, 4, tzinfo=timezone.utc)),
+    ("v5.1", datetime(2025, 11, 12, tzinfo=timezone.utc)),
 )
-BEGIN = datetime(2024, 2, 1, tzinfo=UTC)  # the benchmark's first round was prepared then
+BEGIN = datetime(2024, 2, 1, tzinfo=timezone.utc)  # the benchmark's first round was prepared then
+TRAY = 4  # GPUs of a node in an NVL72 rack
 LATER = "v6.0 or later"
 
 
@@ -34,8 +35,18 @@ def find_system(run: Run) -> System:
         if found := _from_description(fields):
             return found
     name = str(run.values.get("config_filename", ""))
-    shape = re.search(r"_(\d+)x(\d+)x\d+", name)
-    return System(accelerator_in(name), *(int(shape[1]), int(shape[2])) if shape else ())
+    if shape := re.search(r"_(\d+)x(\d+)x\d+", name):
+        return System(accelerator_in(name), int(shape[1]), int(shape[2]))
+    return _from_platform(str(run.values.get("submission_platform", "")))
+
+
+def _from_platform(name: str) -> System:
+    """The two ways in which platforms say their size: 4xXE9712x4GB200, and 2xNVIDIA GB200, whose nodes are trays of four."""
+    accelerator = accelerator_in(name)
+    if shape := re.match(r"(\d+)x.*x(\d+)" + re.escape(accelerator or "?"), name):
+        return System(accelerator, int(shape[1]), int(shape[2]))
+    nodes = re.match(r"(\d+)x", name)
+    return System(accelerator, int(nodes[1]), TRAY) if nodes and accelerator in ("GB200", "GB300") else System(accelerator)
 
 
 def _from_environment(values: dict[str, str]) -> System | None:
@@ -48,8 +59,8 @@ def _from_environment(values: dict[str, str]) -> System | None:
 def _from_description(fields: dict[str, Any]) -> System | None:
     with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError):
         accelerator = accelerator_in(str(fields.get("accelerator_model_name", "")))
-        counts = (int(str(fields[name]).strip()) for name in ("number_of_nodes", "accelerators_per_node"))
-        return System(accelerator, *counts, name=str(fields.get("system_name", "")))
+        nodes, per_node = (int(str(fields[name]).strip()) for name in ("number_of_nodes", "accelerators_per_node"))
+        return System(accelerator, nodes, per_node, str(fields.get("system_name", "")))
     return None
 
 
