@@ -20,11 +20,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+from llama2_lora.findings import Finding
 from llama2_lora.forecast.cost import Rates
 from llama2_lora.judge.checks import RULESETS, judge
 from llama2_lora.judge.page import page
 from llama2_lora.judge.report import as_dict
-from llama2_lora.judge.run import Finding
 from llama2_lora.judge.terminal import print_csv, print_summary
 from llama2_lora.judge.watch import watch
 
@@ -73,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps(as_dict(summary, peak, rates), indent=2))
     elif arguments.csv:
-        print_csv(summary, peak, sys.stdout)
+        print_csv(summary, peak)
     else:
-        print_summary(summary, peak, rates, sys.stdout)
+        print_summary(summary, peak, rates)
     if arguments.html:
         try:
             arguments.html.write_text(page(summary, peak, rates), encoding="utf-8", errors="replace")

@@ -124,9 +124,9 @@ def test_every_problem_is_printed_with_its_place(summarize: Callable[..., Done],
     write_run(tmp_path / "a_1.log", losses=CONVERGING[:3], lora_alpha=16)
     done = summarize(tmp_path)
     place = re.escape(str(tmp_path / "a_1.log"))
-    assert re.search(rf"error {place}: compliance checker: Failed checks for eval_accuracy", done.stdout)
-    assert re.search(rf"error {place}: lora_alpha is 16; the rules fix 32 \(§9.1\)", done.stdout)
-    assert re.search(rf"error {place}: not converged: last evaluation loss 0.9310", done.stdout)
+    assert re.search(rf"error: {place}: compliance checker: Failed checks for eval_accuracy", done.stdout)
+    assert re.search(rf"error: {place}: lora_alpha is 16; the rules fix 32 \(§9.1\)", done.stdout)
+    assert re.search(rf"error: {place}: not converged: last evaluation loss 0.9310", done.stdout)
 
 
 # ---- The page --------------------------------------------------------------------------------------------------------

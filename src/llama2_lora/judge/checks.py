@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from llama2_lora.config import rules, schedule
+from llama2_lora.findings import Finding
 from llama2_lora.judge.official import compliance_messages, official_score
 from llama2_lora.judge.published import EnvelopeRow, envelope, label
 from llama2_lora.judge.results import NAMES, Result, Summary, group, read_runs, repeats
-from llama2_lora.judge.run import USUAL_TRAIN_LOSS, Finding, Run
+from llama2_lora.judge.run import USUAL_TRAIN_LOSS, Run
 from llama2_lora.judge.runlog import Event, number, samples_count
 from llama2_lora.judge.systems import round_of
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+from llama2_lora.findings import Finding
 from llama2_lora.forecast.cost import Rates
 from llama2_lora.judge.charts import extremes, loss_chart, throughput_chart, time_chart
 from llama2_lora.judge.published import envelope, label
@@ -134,8 +135,13 @@ def _table(result: Result, peak_tflops: float | None) -> str:
 
 
 def _findings(found: list[Group]) -> str:
-    items = "".join(f'<li class="{g.first.level}"><b>{g.first.level}</b> {escape(str(g))}</li>' for g in found)
+    items = "".join(_item(group.finding) for group in found)
     return f'<h2>Findings</h2><ul id="findings">{items}</ul>' if found else '<ul id="findings"></ul>'
+
+
+def _item(finding: Finding) -> str:
+    where = f" <code>{escape(finding.where)}</code>" if finding.where else ""
+    return f'<li class="{finding.level}"><b>{finding.level}</b>{where} {escape(finding.text)}</li>'
 
 
 _STYLE = """

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llama2_lora.config import schedule
+from llama2_lora.findings import LEVELS, Finding
 from llama2_lora.forecast.cost import Cost, Rates, cost
 from llama2_lora.judge.results import Result, Summary, total
-from llama2_lora.judge.run import Finding, Run, figures
+from llama2_lora.judge.run import Run, figures
 
 COLUMNS = {  # heading -> figure, format
     "run": ("run", "{}"),
@@ -135,8 +136,8 @@ def as_dict(summary: Summary, peak_tflops: float | None = None, rates: Rates = N
         "results": [_result_dict(result, peak_tflops, rates) for result in summary.results],
         "findings": [vars(f) for f in summary.all_findings()],
         "finding_groups": [
-            {"level": g.first.level, "code": g.first.code, "result": g.result and g.result.name, "runs": g.runs, "text": str(g)}
-            for g in grouped(summary)
+            vars(group.finding) | {"result": group.result and group.result.name, "runs": group.runs}
+            for group in grouped(summary)
         ],
     }
     return _strict(whole)
@@ -184,11 +185,14 @@ class Group:
     result: Result | None
     runs: int
 
-    def __str__(self) -> str:
+    @property
+    def finding(self) -> Finding:
+        """The first one, as said of the whole group."""
         f = self.first
         if self.result is None or self.runs < 2:
-            return f"{f.where}: {f.text}" if f.where else f.text
-        return f"{self.result.name}: {self.runs} of {len(self.result.runs)} runs: {f.text} (first: {f.where})"
+            return f
+        text = f"{self.runs} of {len(self.result.runs)} runs: {f.text} (first: {f.where})"
+        return Finding(f.level, f.code, text, self.result.name)
 
 
 def grouped(summary: Summary) -> list[Group]:
@@ -198,7 +202,7 @@ def grouped(summary: Summary) -> list[Group]:
         found += _groups(result, [(finding, None) for finding in result.findings])
         each = [(finding, run) for run in result.runs for finding in (*_objections(run), *run.findings)]
         found += _groups(result, each)
-    return sorted(found, key=lambda group: ("error", "warning", "note").index(group.first.level))
+    return sorted(found, key=lambda group: LEVELS.index(group.first.level))
 
 
 def _groups(result: Result, findings: Iterable[tuple[Finding, Run | None]]) -> list[Group]:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from llama2_lora.config import rules
+from llama2_lora.findings import Finding, worst_first
 from llama2_lora.judge.official import Score
 from llama2_lora.judge.power import in_power_folder, is_power_log, power_of, read_power
-from llama2_lora.judge.run import Finding, Run
+from llama2_lora.judge.run import Run
 from llama2_lora.judge.runlog import RunLog, read_log
 from llama2_lora.judge.systems import find_system
 
@@ -99,7 +100,7 @@ class Summary:
     def all_findings(self) -> list[Finding]:
         """Errors first."""
         runs = [f for result in self.results for f in (*result.findings, *(f for r in result.runs for f in r.findings))]
-        return sorted([*self.findings, *runs], key=lambda f: ("error", "warning", "note").index(f.level))
+        return worst_first([*self.findings, *runs])
 
 
 def total(values: Iterable[float | None]) -> float | None:

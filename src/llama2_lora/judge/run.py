@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2_lora.config import rules
+from llama2_lora.findings import Finding
 from llama2_lora.gpus import ACCELERATORS
 from llama2_lora.judge.blocks import Block, training_blocks
 from llama2_lora.judge.power import Power
@@ -36,16 +37,6 @@ class System:
     @property
     def accelerators(self) -> int | None:
         return self.nodes * self.per_node if self.nodes and self.per_node else None
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something to say of a run or a result. An error breaks a rule; a warning should be looked at; a note explains."""
-
-    level: str  # error, warning or note
-    code: str  # stable name of the check
-    text: str
-    where: str = ""  # file, with line where there is one
 
 
 @dataclass

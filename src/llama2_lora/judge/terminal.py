@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from typing import TextIO
 
 from rich.console import Console
@@ -10,12 +11,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from llama2_lora.config import rules
+from llama2_lora.findings import show
 from llama2_lora.forecast.cost import Rates
 from llama2_lora.judge.report import config_line, cost_line, grouped, score_line, table, verdict_line
 from llama2_lora.judge.results import Result, Summary
 from llama2_lora.judge.run import figures
 
-STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 PIPE_WIDTH = 150  # columns where the output is no terminal
 NARROW = 130  # columns below which a terminal gets only these
 NARROW_COLUMNS = ("run", "status", "minutes", "loss", "sequences", "seq/s", "rules")
@@ -25,17 +26,15 @@ def terminal(stream: TextIO) -> Console:
     return Console(file=stream, width=None if stream.isatty() else PIPE_WIDTH, highlight=False)
 
 
-def print_summary(summary: Summary, peak_tflops: float | None, rates: Rates, stream: TextIO) -> None:
-    console = terminal(stream)
+def print_summary(summary: Summary, peak_tflops: float | None, rates: Rates) -> None:
+    console = terminal(sys.stdout)
     if not summary.results:
         console.print(f"no log of {rules.NAME} in {escape(str(summary.folder))}")
     for result in summary.results:
         console.print(result_table(result, peak_tflops, console.width))
         for line in filter(None, (score_line(result), cost_line(result, rates))):
             console.print(escape(line))
-    for group in grouped(summary):
-        level = group.first.level
-        console.print(f"[{STYLES[level]}]{level}[/] {escape(str(group))}", soft_wrap=True)
+    show(group.finding for group in grouped(summary))
     console.print(f"\n{verdict_line(summary)}", style="bold")
 
 
@@ -51,9 +50,9 @@ def result_table(result: Result, peak_tflops: float | None, width: int) -> Table
     return drawn
 
 
-def print_csv(summary: Summary, peak_tflops: float | None, stream: TextIO) -> None:
+def print_csv(summary: Summary, peak_tflops: float | None) -> None:
     rows = [{"result": result.name, **figures(run, peak_tflops)} for result in summary.results for run in result.runs]
     if rows:
-        writer = csv.DictWriter(stream, rows[0].keys())
+        writer = csv.DictWriter(sys.stdout, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)

@@ -15,9 +15,10 @@ from rich.console import Group
 from rich.live import Live
 from rich.markup import escape
 
+from llama2_lora.findings import Finding
 from llama2_lora.judge.report import progress_line
 from llama2_lora.judge.results import Summary
-from llama2_lora.judge.run import Finding, Run
+from llama2_lora.judge.run import Run
 from llama2_lora.judge.systems import job_environment
 from llama2_lora.judge.terminal import result_table, terminal
 
