@@ -38,10 +38,12 @@ def train(settings: Settings, shape, log: MLPerfLog) -> bool:
     """Build everything and fit. Returns whether the run reached the target loss."""
     warnings.simplefilter("ignore")  # hundreds of lines a rank in which libraries talk about themselves; errors stay
     if settings.system.platform == "cpu":
-        from llama2_lora.training.cpu import cpu_platform as platform
+        from llama2_lora.training.cpu import capability_for, cpu_platform
+
+        platform = cpu_platform(capability_for(settings.precision))
     else:
-        platform = nullcontext
-    with platform():
+        platform = nullcontext()
+    with platform:
         return fit(settings, shape, log)
 
 
