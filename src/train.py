@@ -11,8 +11,9 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
-from llama2_lora.config.settings import Settings, SettingsError, check_paths
+from llama2_lora.config.settings import Settings, SettingsError
 from llama2_lora.mlperf_log import MLPerfLog
+from llama2_lora.node.files import check_paths, check_shape
 from llama2_lora.weights.checkpoint import check_checkpoint, read_shape
 
 
@@ -21,6 +22,7 @@ def main() -> int:
         settings = Settings.from_env()
         check_paths(settings)
         shape = read_shape(Path(settings.run.checkpoint_path))
+        check_shape(settings, shape)
         check_checkpoint(Path(settings.run.checkpoint_path), shape, settings.weights_dtype)
     except (SettingsError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
