@@ -18,8 +18,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 from llama2_lora.config.names import unknown
 from llama2_lora.config.settings import Settings, SettingsError
 from llama2_lora.config.shell import source
