@@ -37,29 +37,32 @@ def main() -> int:
 def train(settings: Settings, shape, log: MLPerfLog) -> bool:
     """Build everything and fit. Returns whether the run reached the target loss."""
     warnings.simplefilter("ignore")  # hundreds of lines a rank in which libraries talk about themselves; errors stay
+    if settings.system.platform == "cpu":
+        from llama2_lora.training.cpu import cpu_platform as platform
+    else:
+        platform = nullcontext
+    with platform():
+        return fit(settings, shape, log)
+
+
+def fit(settings: Settings, shape, log: MLPerfLog) -> bool:
     from llama2_lora.training import recipe
     from llama2_lora.training.callback import MLPerfCallback
     from llama2_lora.training.data import GovReport
     from llama2_lora.training.run import SaveAdapter, no_garbage_collection, quiet_libraries, rendezvous, shared_seed
 
-    if settings.system.platform == "cpu":
-        from llama2_lora.training.cpu import cpu_platform as platform
-    else:
-        platform = nullcontext
-
     quiet_libraries()
-    with platform():
-        store = rendezvous(settings)
-        seed = shared_seed(settings, store)
-        strategy = recipe.build_strategy(settings, seed, store)
-        data = GovReport(settings, seed, shape.vocab)
-        lora = recipe.build_lora(settings, seed)
-        model = recipe.build_model(settings, shape, lora, recipe.build_optimizer(settings), data.validation_rows)
-        callback = MLPerfCallback(settings, log, seed)
-        after = [SaveAdapter(settings, shape, seed)] if settings.run.save_adapter else []
-        trainer = recipe.build_trainer(settings, strategy, [lora, callback, *after])
-        with no_garbage_collection():
-            trainer.fit(model, data)
+    store = rendezvous(settings)
+    seed = shared_seed(settings, store)
+    strategy = recipe.build_strategy(settings, seed, store)
+    data = GovReport(settings, seed, shape.vocab)
+    lora = recipe.build_lora(settings, seed)
+    model = recipe.build_model(settings, shape, lora, recipe.build_optimizer(settings), data.validation_rows)
+    callback = MLPerfCallback(settings, log, seed)
+    after = [SaveAdapter(settings, shape, seed)] if settings.run.save_adapter else []
+    trainer = recipe.build_trainer(settings, strategy, [lora, callback, *after])
+    with no_garbage_collection():
+        trainer.fit(model, data)
     return callback.reached_target
 
 

@@ -374,10 +374,8 @@ def _precision_problems(s: Settings) -> Iterator[str]:
         yield f"FP8_DPA=1: needs FP8_RECIPE=delayed, not {p.fp8_recipe}: Transformer Engine 2.9 scales attention so"
     if s.performance.tp_comm_overlap and s.batch.validation_micro != s.batch.micro:
         yield f"VAL_MBS={s.batch.validation_micro}: must equal MBS={s.batch.micro} with TP_COMM_OVERLAP=1: userbuffers have one size"
-    if s.system.platform == "cpu":
-        for variable in ("FP8", "FP4", "TP_COMM_OVERLAP", "CPU_OFFLOAD_LAYERS"):
-            if value_of(s, variable):
-                yield f"{variable}={value_of(s, variable):d}: needs PLATFORM=gpu; set it to 0"
+    if s.system.platform == "cpu" and s.performance.offload_layers:
+        yield f"CPU_OFFLOAD_LAYERS={s.performance.offload_layers}: needs PLATFORM=gpu: activations are in host memory already; set it to 0"
 
 
 def _rule_problems(s: Settings) -> Iterator[str]:

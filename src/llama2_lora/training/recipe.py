@@ -41,24 +41,21 @@ def build_config(settings: Settings, shape: LlamaShape) -> LlamaConfig:
         forward_step_fn=forward_step,
         # The fused accumulation needs APEX and weight gradients; the frozen base has none.
         gradient_accumulation_fusion=False,
+        # Megatron's fused loss makes its gradient bf16, whatever the logits are (fusions/fused_cross_entropy.py, 0.15.3).
+        cross_entropy_loss_fusion=settings.weights_dtype == "BF16",
         recompute_granularity=None if performance.recompute == "none" else performance.recompute,
         recompute_method="uniform" if performance.recompute == "full" else None,
         recompute_num_layers=1 if performance.recompute == "full" else None,
         cpu_offloading=performance.offload_layers > 0,
         cpu_offloading_num_layers=performance.offload_layers,
     )
-    if settings.system.platform == "cpu":
-        from llama2_lora.training.cpu import CPU_MODEL_OPTIONS, cpu_layer_spec
-
-        options |= CPU_MODEL_OPTIONS | {"transformer_layer_spec": cpu_layer_spec}
-    else:
-        # cuDNN's attention is the only one with FP8, and ruling out the others makes a silent fall-back an error.
-        # Megatron refuses NVTE_FLASH_ATTN and friends from the environment: this field sets them.
-        options["attention_backend"] = AttnBackend.fused
-        options["activation_func_fp8_input_store"] = settings.precision.fp8_swiglu
-        # Bulk overlap rides on the weight gradient's GEMM. The frozen base has none, and Transformer Engine 2.9 then leaves
-        # the input's gradient unsummed over the TP ranks (layernorm_linear.py): wrong, without an error.
-        options |= {"tp_comm_bulk_wgrad": False, "tp_comm_bulk_dgrad": False}
+    # cuDNN's attention is the only one with FP8, and ruling out the others makes a silent fall-back an error.
+    # Megatron refuses NVTE_FLASH_ATTN and friends from the environment: this field sets them.
+    options["attention_backend"] = AttnBackend.fused
+    options["activation_func_fp8_input_store"] = settings.precision.fp8_swiglu
+    # Bulk overlap rides on the weight gradient's GEMM. The frozen base has none, and Transformer Engine 2.9 then leaves
+    # the input's gradient unsummed over the TP ranks (layernorm_linear.py): wrong, without an error.
+    options |= {"tp_comm_bulk_wgrad": False, "tp_comm_bulk_dgrad": False}
     if shape == LLAMA2_70B:
         return Llama2Config70B(**options)
     return LlamaConfig(
@@ -106,12 +103,15 @@ def build_model(
 def build_precision(settings: Settings) -> MegatronMixedPrecision:
     """bf16 with FP8 or FP4 matrix products; fp32 on the CPU."""
     p = settings.precision
-    if settings.system.platform == "cpu":
-        return MegatronMixedPrecision(precision="32")
+    base: dict[str, Any] = dict(precision="32")
+    if settings.system.platform == "gpu":
+        base = dict(
+            precision="bf16-mixed",
+            params_dtype=torch.bfloat16,
+            grad_reduce_in_fp32=False,  # 45M adapter gradients: bf16 halves the only data-parallel traffic
+        )
     return MegatronMixedPrecision(
-        precision="bf16-mixed",
-        params_dtype=torch.bfloat16,
-        grad_reduce_in_fp32=False,  # 45M adapter gradients: bf16 halves the only data-parallel traffic
+        **base,
         fp8=p.fp8_format if p.fp8 else None,
         fp8_recipe=p.fp8_recipe,
         fp8_amax_history_len=p.fp8_amax_history,
