@@ -101,7 +101,8 @@ class LoraLlama(LlamaModel):
 
     def configure_model(self, vp_stage: int | None = None) -> None:
         # Transformer Engine 2.9 quantizes FP8 weights with a transposed copy where gradients are on (base.py,
-        # reset_parameters), and Megatron then keeps the bf16 start of each on the host: at 70B 17 GB a GPU and 274 GB a node, for nothing.
+        # reset_parameters), and Megatron then keeps the bf16 start of each on the host: at 70B 17 GB a GPU and 274 GB a node,
+        # for nothing.
         with torch.no_grad():
             super().configure_model(vp_stage)
         prepare_fp8_weights(self.module)
