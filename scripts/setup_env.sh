@@ -45,6 +45,15 @@ install() {
   printf '%s\n' "${key}" >"${venv}/.complete" # last: an interrupted install is made anew
 }
 
+# The project itself, editable: what runs is this tree, whatever the folder that a command is called from.
+install_project() {
+  local venv="$1"
+  [[ -f pyproject.toml && "$(cat "${venv}/.project" 2>/dev/null)" != "${PWD}" ]] || return 0
+  # setuptools is in the lock: no isolation, no network
+  "${venv}/bin/pip" install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+  printf '%s\n' "${PWD}" >"${venv}/.project"
+}
+
 lock() {
   local scratch
   scratch="$(mktemp -d)"
@@ -74,6 +83,7 @@ main() {
     install "${venv}" "${key}"
     say "environment ${venv} is ready"
   fi
+  install_project "${venv}"
 }
 
 main "$@"

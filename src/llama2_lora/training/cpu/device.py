@@ -137,7 +137,7 @@ class CudaIsCpu(TorchFunctionMode):
             # Megatron sorts parameters and checks gradients by type name: clip_grad_by_total_norm_fp32 and the
             # distributed optimizer refuse any but 'torch.cuda.FloatTensor'.
             return func(*args).replace("torch.", "torch.cuda.", 1)
-        if func is torch.Tensor.backward:
+        if func in (torch.Tensor.backward, torch.autograd.backward):
             with self:  # a mode is off inside the function that it answers for, and so in the whole backward pass
                 return func(*args, **(kwargs or {}))
         if func is torch.Tensor.to:
