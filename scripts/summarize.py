@@ -25,6 +25,7 @@ from llama2_lora.forecast.cost import Rates
 from llama2_lora.judge.checks import RULESETS, judge
 from llama2_lora.judge.page import page
 from llama2_lora.judge.report import as_dict
+from llama2_lora.judge.results import Summary
 from llama2_lora.judge.terminal import print_csv, print_summary
 from llama2_lora.judge.watch import watch
 
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a log may hold what a terminal cannot show
     rates, peak = Rates(arguments.gpu_hour_price, arguments.gpu_watts), arguments.peak_tflops
 
-    def look():
+    def look() -> Summary:
         return judge(arguments.folder, arguments.ruleset)
 
     summary = watch(look, arguments.watch, peak, sys.stderr) if arguments.watch else look()
