@@ -17,14 +17,11 @@ from __future__ import annotations
 
 import csv
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from llama2_lora.forecast.timing import (
     HEAL_SEQUENCES,

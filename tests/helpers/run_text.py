@@ -59,7 +59,10 @@ def run_lines(
     status: str | None = None,
     **values: Any,
 ) -> list[str]:
-    """A run: 60 s of init, four seconds per step of 8 sequences, forty per evaluation, as on eight H100. A value of None leaves its key out."""
+    """A run: 60 s of init, four seconds per step of 8 sequences, forty per evaluation, as on eight H100.
+
+    A value of None leaves its key out.
+    """
     now = START_MS
     lines = [line(now, "cache_clear", values.pop("cache_clear", True)), line(now, "init_start")]
     lines += [line(now, key, value) for key, value in (VALUES | {"seed": seed} | values).items() if value is not None]

@@ -153,6 +153,10 @@ class Evaluation:
     every_sequences: int = _setting("EVAL_EVERY_SEQUENCES", rules.EVAL_EVERY_SEQUENCES, "Evaluation cadence, rounded up to whole steps", parse=_integer, low=1, unit="sequences")
     skip: int | None = _setting("EVAL_SKIP", None, "Evaluations left out at the start; default: the rule's floor(0.125 * GBS + 2)", parse=_integer, low=0)
 
+    def reached(self, loss: float) -> bool:
+        """Whether an evaluation loss ends the run: at the target or below (rules §9.4)."""
+        return loss <= self.target_loss
+
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
@@ -374,10 +378,6 @@ def _precision_problems(s: Settings) -> Iterator[str]:
         yield f"FP8_DPA=1: needs FP8_RECIPE=delayed, not {p.fp8_recipe}: Transformer Engine 2.9 scales attention so"
     if s.performance.tp_comm_overlap and s.batch.validation_micro != s.batch.micro:
         yield f"VAL_MBS={s.batch.validation_micro}: must equal MBS={s.batch.micro} with TP_COMM_OVERLAP=1: userbuffers have one size"
-    if s.system.platform == "cpu":
-        for variable in ("FP8", "FP4", "TP_COMM_OVERLAP", "CPU_OFFLOAD_LAYERS"):
-            if value_of(s, variable):
-                yield f"{variable}={value_of(s, variable):d}: needs PLATFORM=gpu; set it to 0"
 
 
 def _rule_problems(s: Settings) -> Iterator[str]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib.metadata
 from dataclasses import dataclass
 
+from llama2_lora.gpus import Accelerator
+
 # Transformer Engine of the NGC image that NVIDIA's entries of the round name: 24.09, 25.04, 25.09
 FIRST_ENGINE = {"v4.1": (1, 10), "v5.0": (2, 2), "v5.1": (2, 7)}
 NEWEST = "v5.1"
@@ -24,8 +26,10 @@ class Generation:
     reason: str
 
 
-def of_this_stack() -> Generation:
+def of_this_stack(part: Accelerator) -> Generation:
     """By the Transformer Engine that is installed here; where there is none, as on a login node, the newest one."""
+    if part.name.startswith("MI"):
+        return Generation(NEWEST, "the newest that was published on AMD's parts; their stack cannot be told from here")
     for package in PACKAGES:
         try:
             return by_engine(importlib.metadata.version(package))
