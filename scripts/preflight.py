@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llama2_lora.config.settings import Settings, SettingsError
 from llama2_lora.config.shell import source
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     status, rates = exit_status(findings), Rates(arguments.gpu_hour_price, arguments.gpu_watts)
     if arguments.json:
-        values = found.as_dict() if found else {"config": str(arguments.config or "environment")}
+        values: dict[str, Any] = found.as_dict() if found else {"config": str(arguments.config or "environment")}
         values |= {"findings": [vars(finding) for finding in findings], "go": status == 0}
         if found and found.forecast:
             values["cost"] = {
