@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from llama2_lora.hub import client
-from llama2_lora.weights.convert import PARTIAL, convert, verify
+from llama2_lora.weights.convert import STAGING, convert, verify
 from llama2_lora.weights.formats import LAYOUTS
 from llama2_lora.weights.huggingface import BASE, open_model
 
@@ -52,9 +52,11 @@ def main(argv: list[str] | None = None) -> int:
         source.dtype = DTYPES[arguments.dtype or ("fp32" if source.stored_dtype == "F32" else "bf16")]
         size = source.weight_bytes()
         print(f"source: {source.folder}, {source.shape.parameters():,} weights in {source.stored_dtype}")
+        if source.folder.parent.name == "snapshots":  # of the hub's cache
+            print(f"pin it: --source {arguments.source} --revision {source.folder.name}")
         print(f"output: {output}, {arguments.format}, {source.dtype}, {size / 1e9:.1f} GB")
         output.mkdir(parents=True, exist_ok=True)
-        client.check_space(output, size - client.bytes_in(output / PARTIAL) if not (output / "weights").exists() else 0)
+        client.check_space(output, size - client.bytes_in(output / STAGING) if not (output / "weights").exists() else 0)
         started = time.monotonic()
         with progress("convert", size) as bar:
             new = convert(source, output, arguments.format, bar.update)

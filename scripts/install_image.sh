@@ -6,7 +6,7 @@
 #   install_image.sh login VENV the login shells alone
 set -euo pipefail
 
-readonly VENV=/opt/llama2_lora TE_VERSION=2.9.0 # what megatron-core 0.15 pins
+readonly VENV=/opt/llama2_lora
 export VENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 export PIP_BREAK_SYSTEM_PACKAGES=1 UV_BREAK_SYSTEM_PACKAGES=1 UV_NO_CACHE=1
 # NVIDIA's images set these to pins of their own, which contradict ours
@@ -43,23 +43,26 @@ P
 # The core with its kernels is a wheel; the extension is compiled against the base's torch. A build has no GPU, so the version
 # that is there is read and not tried.
 install_transformer_engine() {
+  local version cuda
+  version="$(sed -n 's/^transformer_engine==\([0-9.]*\).*/\1/p' requirements.txt)"
   if python -c 'import importlib.metadata as m; print(m.version("transformer_engine"))' 2>/dev/null |
-    grep -qE "^${TE_VERSION%.*}([.+]|$)"; then
+    grep -qE "^${version%.*}([.+]|$)"; then
     return
   fi
-  local cuda
   cuda="$(python -c 'import torch; print(torch.version.cuda.split(".")[0])')"
   # Hopper and Blackwell alone: every further architecture adds minutes
   NVTE_FRAMEWORK=pytorch NVTE_CUDA_ARCHS="90;100;103" \
-    pip_install --no-build-isolation --no-deps "transformer_engine==${TE_VERSION}" \
-    "transformer_engine_cu${cuda}==${TE_VERSION}" "transformer_engine_torch==${TE_VERSION}"
+    pip_install --no-build-isolation --no-deps "transformer_engine==${version}" \
+    "transformer_engine_cu${cuda}==${version}" "transformer_engine_torch==${version}"
 }
 
 install_beside_torch() {
   local before replaced
   before="$(mktemp)"
   kept >"${before}"
-  pip_install --constraint "${before}" -r requirements.txt
+  # Transformer Engine's own wheel has no kernels: the base's, or the build below, must not be replaced by it
+  grep -v '^transformer_engine==' requirements.txt >"${before}.requirements"
+  pip_install --constraint "${before}" -r "${before}.requirements"
   install_transformer_engine
   # What came in addition may stay: an nvidia-* package that ours needs and the base lacked
   replaced="$(kept | comm -23 <(sort "${before}") <(sort))"

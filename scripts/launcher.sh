@@ -51,7 +51,7 @@ task_variables() {
     settings_variables
     printf '%s\n' LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT BIND PYTHON
     compgen -e | grep -E '^(NCCL|UCX|NVTE|TORCH|GLOO|CUBLAS|CUDNN)_' || true
-  } | sort -u | grep -vx CONT_MOUNTS | grep -Fxf <(compgen -e)
+  } | sort -u | grep -vxE 'CONT_MOUNTS|TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD' | grep -Fxf <(compgen -e)
 }
 
 settings_variables() {

@@ -33,7 +33,11 @@ install() {
   rm -rf "${venv}"
   make_venv "${venv}"
   # The lock is complete: without resolving, pip is faster and cannot pick another version.
-  "${venv}/bin/pip" install --quiet --disable-pip-version-check --no-deps -r requirements-cpu.txt
+  "${venv}/bin/pip" install --quiet --disable-pip-version-check --no-deps -r <(grep -v '^transformer_engine==' requirements-cpu.txt)
+  # In a folder of its own, which only PLATFORM=cpu looks into: the wheel has no kernels, and where it is on the path without
+  # them, `import peft` and `import megatron.core` end in "Found empty `transformer-engine` meta package installed".
+  "${venv}/bin/pip" install --quiet --disable-pip-version-check --no-deps --target "${venv}/transformer_engine" \
+    "$(grep '^transformer_engine==' requirements-cpu.txt)"
   "${venv}/bin/pip" check --quiet --disable-pip-version-check || {
     say "error: the installed packages contradict each other; see above" >&2
     exit 1

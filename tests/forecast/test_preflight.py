@@ -13,7 +13,7 @@ import pytest
 from helpers import ROOT
 from helpers.training_runs import Tiny, clean_environment
 from llama2_lora.config.settings import Settings
-from llama2_lora.forecast.plan import layout, misspelt
+from llama2_lora.forecast.plan import layout
 
 H100 = ROOT / "config_DGXH100_1x8x4.sh"
 Run = subprocess.CompletedProcess[str]
@@ -33,7 +33,7 @@ def changed(tmp_path: Path) -> Callable[..., Path]:
     """The 1x8x4 config with other variables."""
 
     def write(**variables: str) -> Path:
-        path = tmp_path / "config_TEST.sh"
+        path = tmp_path / f"config_{variables.get('DGXSYSTEM', 'DGXH100_1x8x4')}.sh"
         lines = [f"export {name}={value}" for name, value in variables.items()]
         path.write_text("\n".join([f"source {H100}", *lines]) + "\n")
         return path
@@ -49,7 +49,7 @@ def levels(found: dict, level: str) -> list[str]:
 def test_every_shipped_config_is_a_go(config: Path) -> None:
     done = preflight(config)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == f"{config.stem.removeprefix('config_')}: go"
+    assert done.stdout.splitlines()[-1].startswith(f"{config.stem.removeprefix('config_')}: go")
 
 
 def test_shipped_h100_config_by_hand() -> None:
@@ -59,14 +59,14 @@ def test_shipped_h100_config_by_hand() -> None:
     assert found["batch"]["gradient_accumulation_steps"] == 4
     assert found["evaluation"]["steps"][:3] == [192, 240, 288]
     assert found["evaluation"]["sequences"][:3] == [1536, 1920, 2304]
-    assert {p["step"]: p["lr"] for p in found["learning_rate"]["points"]}[400] == pytest.approx(2e-4)
-    assert found["convergence"]["steps"] == pytest.approx(397.3, abs=0.1)
+    assert dict(found["learning_rate"]["points"])[400] == pytest.approx(2e-4)
+    assert found["expected_steps"] == pytest.approx(397.3, abs=0.1)
     assert found["convergence"]["bound"] == pytest.approx(2960.6, abs=0.1)
     assert found["forecast"]["run_minutes"]["low"] < 27.5 < found["forecast"]["run_minutes"]["high"]
     assert found["forecast"]["walltime_minutes"] == 480
     assert found["memory"]["capacity_gb"] == pytest.approx(85.5, abs=0.1)
     assert sum(item["gb"] for item in found["memory"]["items"]) == pytest.approx(found["memory"]["total_gb"])
-    assert all(rule["kept"] for rule in found["rules"])
+    assert {rule["level"] for rule in found["rules"]} == {"ok"}
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_rank_grid(changes: dict[str, str], groups: dict[str, tuple[list[int], b
     env = {"DGXSYSTEM": "DGXH100_1x8x4", "DGXNNODES": "1", "DGXNGPU": "8", "TP": "4", "SP": "1"}
     env |= {"MINIBS": "4", "LR": "4e-4", "MAX_STEPS": "800"} | changes
     rows = layout(Settings.from_env(env))
-    assert {row["group"]: (row["ranks"], row["within_a_node"]) for row in rows} == groups
+    assert {row.group: (list(row.ranks), row.within_a_node) for row in rows} == groups
 
 
 @pytest.mark.parametrize(
@@ -105,24 +105,26 @@ def test_rank_grid(changes: dict[str, str], groups: dict[str, tuple[list[int], b
         ({"TP": "3"}, "TP=3"),  # settings refuse it
         ({"LORA_RANK": "8", "MAX_SEQLEN": "4096"}, "LORA_RANK=8"),
         ({"TP": "1", "SP": "0", "TP_COMM_OVERLAP": "0"}, "does not fit"),
-        ({"MAX_STEPS": "100"}, "the first evaluation is after step 192"),
+        ({"MAX_STEPS": "100"}, "must be at least 192, the step of the first evaluation"),
+        ({"VAL_MBS": "64", "TP_COMM_OVERLAP": "0"}, "VAL_MBS=1 would make room"),
+        ({"PP": "3", "DGXNNODES": "3", "DGXSYSTEM": "DGXH100_3x8x4"}, "PP=3: must divide the model's 80 layers"),
         ({"SEED": "7"}, "seed: 7 for all 10 runs"),
         ({"WALLTIME": "20"}, "WALLTIME=20"),
-        ({"FP8": "0", "FP8_DPA": "0", "FP8_PARAMS": "0", "FP8_ACT": "0", "FP4": "1"}, "H100 has no FP4"),
+        ({"FP8": "0", "FP8_DPA": "0", "FP8_PARAMS": "0", "FP8_ACT": "0", "FP4": "1"}, "H100 has no NVFP4 units"),
     ],
 )
 def test_no_go(changed: Callable[..., Path], changes: dict[str, str], expected: str) -> None:
     done = preflight(changed(**changes))
     assert done.returncode == 1
     assert expected in done.stdout
-    assert done.stdout.splitlines()[-1].endswith(": no-go")
+    assert ": no-go, " in done.stdout.splitlines()[-1]
     assert not done.stderr
 
 
 def test_all_illegal_settings_are_named_together(changed: Callable[..., Path]) -> None:
     found = values(changed(LORA_RANK="8", MAX_SEQLEN="4096", WALLTIME="soon"))
     assert found["go"] is False
-    assert [text.split(":")[0] for text in levels(found, "no-go")] == ["WALLTIME=soon", "MAX_SEQLEN=4096", "LORA_RANK=8"]
+    assert [text.split(":")[0] for text in levels(found, "error")] == ["WALLTIME=soon", "MAX_SEQLEN=4096", "LORA_RANK=8"]
 
 
 @pytest.mark.parametrize(
@@ -138,12 +140,27 @@ def test_all_illegal_settings_are_named_together(changed: Callable[..., Path]) -
         ({"ACCELERATOR": "B200", "TP": "1", "SP": "0", "TP_COMM_OVERLAP": "0", "FP8_ACT": "0"}, "FP8_ACT=1"),
         ({"FP8_ACT": "0"}, "tight"),
         ({"FP8_PARAM": "1"}, "FP8_PARAM: nothing reads it; is FP8_PARAMS meant?"),
+        ({"LRATE": "1e-3"}, "LRATE: nothing reads it"),
+        ({"LORA_TARGETS": "all"}, "LORA_TARGETS: nothing reads it"),
     ],
 )
 def test_warnings_do_not_stop_a_run(changed: Callable[..., Path], changes: dict[str, str], expected: str) -> None:
     done = preflight(changed(**changes))
     assert done.returncode == 0, done.stdout
     assert any(expected in line for line in done.stdout.splitlines() if line.startswith("warning: "))
+
+
+def test_a_warning_is_counted_beside_go(changed: Callable[..., Path]) -> None:
+    """What a site sees first: ten closed runs that could not be submitted, since nothing says whose they are."""
+    done = preflight(H100)
+    assert "MLPERF_SUBMITTER and MLPERF_SYSTEM_NAME: not set" in done.stdout
+    assert done.stdout.splitlines()[-1] == "DGXH100_1x8x4: go, 1 warning"
+    named = changed(MLPERF_SUBMITTER="Site", MLPERF_SYSTEM_NAME="dgxh100_n1")
+    assert preflight(named).stdout.splitlines()[-1] == "DGXH100_1x8x4: go"
+
+
+def test_one_trial_needs_no_submitter(changed: Callable[..., Path]) -> None:
+    assert "MLPERF_SUBMITTER" not in preflight(changed(NEXP="1")).stdout
 
 
 def test_only_configs_are_sourced(tmp_path: Path) -> None:
@@ -213,11 +230,6 @@ def test_start_up_needs_no_heavy_library() -> None:
     assert loaded.isdisjoint({"torch", "numpy", "matplotlib", "lightning", "nemo", "megatron", "mlperf_logging", "yaml"})
 
 
-def test_misspelt_leaves_library_variables_alone() -> None:
-    assert not list(misspelt(["NVTE_FUSED_ATTN", "OMP_NUM_THREADS", "TP", "NCCL_NVLS_ENABLE", "MY_SITE"]))
-    assert [finding.text.split(":")[0] for finding in misspelt(["MAX_STEP"])] == ["MAX_STEP"]
-
-
 # ---- --inside --------------------------------------------------------------------------------------------------------
 
 
@@ -230,14 +242,14 @@ def inside(tiny: Tiny, tmp_path: Path) -> Callable[..., dict]:
 
 
 def failed(found: dict) -> list[str]:
-    return [check["text"] for check in found["inside"] if check["passed"] is False]
+    return [check["text"] for check in found["inside"] if check["level"] == "error"]
 
 
 def test_inside_of_a_good_node(inside: Callable[..., dict]) -> None:
     found = inside()
     assert found["go"]
     assert not failed(found)
-    assert [check["check"] for check in found["inside"]] == ["paths", "data", "data", "checkpoint"]
+    assert [check["code"] for check in found["inside"]] == ["paths", "data", "data", "checkpoint"]
     assert "40 rows" in found["inside"][1]["text"]
 
 

@@ -1,12 +1,20 @@
 """Training without CUDA: what PLATFORM=cpu adds, so that the GPU recipe runs on two CPU cores over gloo.
 
-`platform` makes torch answer for one CUDA device that is the CPU; `layers` gives Megatron's plain layers sequence and
-context parallelism. Nothing here is imported on a GPU.
+    platform     cpu_platform, the context that everything happens in
+    device       torch.cuda's answers for one pretended device
+    extension    Transformer Engine's Python, with its C++ extension made of the kernels below
+    dtypes       the extension's enumerations
+    quantize     FP8 with a scale per tensor             blocks      block scaling, MXFP8
+    nvfp4        NVFP4                                   gemm        matrix products
+    norms        RMSNorm                                 attention   fused attention, rotary embeddings
+    optimizer    multi-tensor Adam, norm, scale          userbuffers tensor-parallel collectives inside products
+
+Nothing here is imported on a GPU, and nothing of training/ outside knows of it.
 """
 
 from __future__ import annotations
 
-from llama2_lora.training.cpu.device import cpu_platform
-from llama2_lora.training.cpu.layers import CPU_MODEL_OPTIONS, cpu_layer_spec
+from llama2_lora.training.cpu.device import capability_for
+from llama2_lora.training.cpu.platform import cpu_platform
 
-__all__ = ["CPU_MODEL_OPTIONS", "cpu_layer_spec", "cpu_platform"]
+__all__ = ["capability_for", "cpu_platform"]
