@@ -8,6 +8,7 @@ PAYLOAD lists one word per trial; the trial follows from SEED, which counts up f
   killed       rank 3 dies of SIGKILL while the others wait
   hang         every rank waits, and has a child that does, until somebody ends them
   hang_once    hang, but pass after a requeue
+  flood        a megabyte of text, and then pass
 """
 
 from __future__ import annotations
@@ -66,6 +67,9 @@ def misbehave(what: str, rank: int) -> None:
         sys.exit(3)
     if what == "killed" and rank == 3:
         os.kill(os.getpid(), signal.SIGKILL)
+    if what == "flood" and rank == 0:
+        for _ in range(20000):
+            print("a line of a library that fills the disk", flush=True)
     if what in ("exit3", "killed", "hang"):
         subprocess.Popen(["sleep", "1000"])
         time.sleep(1000)

@@ -102,6 +102,36 @@ def test_refused_limits(start, tmp_path):
     assert start("pass", DOCKER_REFUSES_ULIMITS="1", DOCKER_ULIMITS="").wait(60) == 0
 
 
+def test_a_disk_that_fills(tmp_path):
+    """No container, and a log folder of 200 KiB: the log ends in a whole line, and the run did not pass."""
+    if os.geteuid() != 0:
+        pytest.skip("not root: a small file system is mounted")
+    make_files(tmp_path)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\nexec "{sys.executable}" "${{@/#src\\/train.py/tests/launch/payload.py}}"\n')
+    python.chmod(0o755)
+    (tmp_path / "results").mkdir()
+    environment = {
+        "PATH": os.environ["PATH"],
+        "DATADIR": str(tmp_path / "gov report"),
+        "MODEL": str(tmp_path / "check point"),
+        "LOGDIR": str(tmp_path / "results"),
+        "CONT": "none",
+        "PYTHON": str(python),
+        "PAYLOAD": "flood",
+        "HEALTH": "off",
+        "DROP_CACHES_COMMAND": "true",
+    }
+    run = 'mount -t tmpfs -o size=200k tmpfs "$LOGDIR" && scripts/run_docker.sh config_CPU_1x2x4.sh; cp "$LOGDIR"/*_1.log "$0"'
+    command = ["unshare", "--mount", "bash", "-c", f"{run}; exit", tmp_path / "log"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    text = (tmp_path / "log").read_text()
+    assert "fills the disk" in text, done.stderr
+    assert text.endswith("\n")
+    assert run_stops(tmp_path / "log") == ["aborted"] or "run_stop (aborted) could not be written" in done.stderr
+    assert "training passed" not in done.stdout
+
+
 def test_missing_image(start, tmp_path):
     assert start("pass", CONT=str(tmp_path / "nowhere")).wait(60) == 1
     assert "nowhere: the container cannot be made" in (tmp_path / "out").read_text()
