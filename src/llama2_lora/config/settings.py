@@ -122,6 +122,10 @@ class Evaluation:
     every_sequences: int = _setting("EVAL_EVERY_SEQUENCES", rules.EVAL_EVERY_SEQUENCES, "Evaluation cadence, rounded up to whole steps", low=1, unit="sequences")
     skip: int | None = _setting("EVAL_SKIP", None, "Evaluations left out at the start; default: the rule's floor(0.125 * GBS + 2)", low=0)
 
+    def reached(self, loss: float) -> bool:
+        """Whether an evaluation loss ends the run: at the target or below (rules §9.4)."""
+        return loss <= self.target_loss
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Precision:
