@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from helpers import ROOT
@@ -88,8 +89,11 @@ def test_damaged_data_ends_the_run_and_closes_the_log(tiny: Tiny, tmp_path: Path
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_once(tiny: Tiny, tmp_path: Path) -> None:
-    done = run_alone(tiny.environment(tmp_path, LR="1e30", MAX_STEPS="40") | FAST)
-    assert done.returncode == 1
+    mine = copy_of(tiny, tmp_path)
+    (norm,) = (mine.checkpoint / "weights/module.decoder.final_layernorm.weight").glob("[0-9]*")
+    norm.write_bytes(np.full(norm.stat().st_size // 4, np.inf, np.float32).tobytes())
+    done = run_alone(mine.environment(tmp_path, MAX_STEPS="40") | FAST)
+    assert done.returncode == 1, done.stderr[-2000:]
     assert len(errors(done)) == 1
     assert "loss is nan at step" in errors(done)[0]
     assert "on rank 0" in errors(done)[0]
