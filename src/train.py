@@ -13,6 +13,7 @@ from pathlib import Path
 
 from llama2_lora.config.settings import Settings, SettingsError, check_paths
 from llama2_lora.mlperf_log import MLPerfLog
+from llama2_lora.node.files import check_data
 from llama2_lora.weights.checkpoint import check_checkpoint, read_shape
 
 
@@ -22,6 +23,7 @@ def main() -> int:
         check_paths(settings)
         shape = read_shape(Path(settings.run.checkpoint_path))
         check_checkpoint(Path(settings.run.checkpoint_path), shape, settings.weights_dtype)
+        check_data(settings, shape.vocab)
     except (SettingsError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
