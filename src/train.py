@@ -33,7 +33,9 @@ def main() -> int:
     log.init_start()  # before the imports of torch and NeMo: they take seconds, and their time counts
     try:
         return 0 if train(settings, shape, log) else 1
-    except BaseException as error:  # a signal too: Lightning's SIGTERMException is a SystemExit without a code, that is status 0
+    except (
+        BaseException
+    ) as error:  # a signal too: Lightning's SIGTERMException is a SystemExit without a code, that is status 0
         print(f"error: rank {settings.system.rank}: {describe(error)}", file=sys.stderr, flush=True)
         return 1
 

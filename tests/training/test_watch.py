@@ -27,7 +27,9 @@ class Ranks:
         self.server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
         self.problems: dict[int, str] = {}
         self.ended = threading.Event()
-        self.watches = [Watch(rank, count, self.server.clone(), lambda text, r=rank: self.end(r, text)) for rank in range(count)]
+        self.watches = [
+            Watch(rank, count, self.server.clone(), lambda text, r=rank: self.end(r, text)) for rank in range(count)
+        ]
 
     def end(self, rank: int, problem: str) -> None:
         self.problems[rank] = problem
