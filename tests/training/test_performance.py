@@ -83,5 +83,3 @@ def test_overlap_changes_nothing(option: str, two_ranks: dict[str, Done]) -> Non
 def test_no_option_is_forgotten() -> None:
     tried = {name for run in (ONE_RANK | PIPELINE | OVERLAP).values() for name in run}
     assert {f.metadata["variable"] for f in GROUPS["performance"].__dataclass_fields__.values()} <= tried
-
-
