@@ -50,20 +50,6 @@ class SeededLoRA(LoRA):
         )
         return AdaptedLinear(m, LowRankAdapter(m.weight, row_parallel, self.dim, self.alpha, dropout, m.config))
 
-    def transform(self, module: torch.nn.Module, name: str | None = None, prefix: str | None = None) -> torch.nn.Module:
-        """A target with its adapter, any other module as it is.
-
-        Under sequence parallelism the adapter of linear_qkv gathers the norm's output itself. NeMo 2.7.3 would have
-        Transformer Engine return it gathered, whose backward then drops the adapter's gradient to the norm, without an error
-        (TE 2.9, layernorm_linear.py: "Residual gradient").
-        """
-        module = super().transform(module, name=name, prefix=prefix)
-        linear = getattr(module, "to_wrap", None)
-        if getattr(linear, "return_layernorm_output_gathered", False):
-            linear.return_layernorm_output_gathered = False
-            module.adapter.disable_sequence_parallel_comm = False
-        return module
-
     def __call__(self, model: torch.nn.Module) -> torch.nn.Module:
         model = super().__call__(model)
         for name, adapter in adapters(model):
