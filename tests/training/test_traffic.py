@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,30 +58,31 @@ def worker(report: Path) -> None:
         torch.distributed.init_process_group("gloo")
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=TP)
         model_parallel_cuda_manual_seed(1)
-        for sequence_parallel in (False, True):
-            for name, layer in layers(sequence_parallel):
+        for name, lora in both_loras().items():
+            for sequence_parallel in (False, True):
                 moved.clear()
-                layer()
+                pass_through(sequence_parallel, lora)
                 found[f"{name} sp={sequence_parallel:d}"] = dict(moved)
     if torch.distributed.get_rank() == 0:
         report.write_text(json.dumps(found))
     torch.distributed.barrier()
 
 
-def layers(sequence_parallel: bool) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(name, one forward and backward pass of both targets): the frozen layers alone, with NeMo's adapters and with ours."""
+def both_loras() -> dict[str, Any]:
+    """The frozen layers alone, with our adapters and with NeMo's. NeMo records arguments by the class made first: ours."""
     from nemo.collections.llm.peft import LoRA
 
     from llama2_lora.training.adapter import TARGETS, SeededLoRA
 
-    ours = SeededLoRA(seed=1, rank=RANK, alpha=32, dropout=0.1)  # first: NeMo records arguments by the class that came first
+    ours = SeededLoRA(seed=1, rank=RANK, alpha=32, dropout=0.1)
     nemo = LoRA(target_modules=list(TARGETS), dim=RANK, alpha=32, dropout=0.1, dropout_position="pre")
-    for name, lora in (("frozen", None), ("nemo", nemo), ("ours", ours)):
-        yield name, lambda lora=lora: pass_through(sequence_parallel, lora)
+    return {"frozen": None, "ours": ours, "nemo": nemo}
 
 
 def pass_through(sequence_parallel: bool, lora: Any) -> None:
+    """Both targets of a layer, forward and backward."""
     import torch
+    from megatron.core.pipeline_parallel.schedules import custom_backward  # what Megatron's training steps call
 
     modules = frozen_modules(sequence_parallel)
     if lora is not None:
@@ -91,7 +92,7 @@ def pass_through(sequence_parallel: bool, lora: Any) -> None:
         width = H if name == "linear_qkv" else H // TP
         x_SBH = torch.randn(tokens, 1, width, requires_grad=True)
         out, _ = module(x_SBH)
-        out.sum().backward()
+        custom_backward(out.sum(), None)
         assert x_SBH.grad is not None
 
 
@@ -144,8 +145,8 @@ def test_ours_moves_the_rank_only(moved: dict[str, dict[str, int]]) -> None:
 
 
 def test_nemos_moves_the_width(moved: dict[str, dict[str, int]]) -> None:
-    """The comparison would mean nothing if NeMo's form moved little too."""
-    assert adapters_share(moved, "nemo", sp=1) >= 3 * S * H
+    """linear_proj gathers [S, H] in the forward and in the backward. (linear_qkv's gather takes the frozen layer's place.)"""
+    assert adapters_share(moved, "nemo", sp=1) >= 2 * S * H
 
 
 def test_ours_moves_a_sixteenth_or_less(moved: dict[str, dict[str, int]]) -> None:
