@@ -1,4 +1,4 @@
-"""Private names of libraries: marked where they are used, listed in docs/internals.md, and named here when an upgrade drops one.
+"""Private names of libraries: marked where used, listed in docs/internals.md, and named here when an upgrade drops one.
 
 A mark is a comment `# PRIVATE: PACKAGE VERSION NAME`, NAME with its module: the test imports the module and follows the name.
 """
