@@ -55,6 +55,7 @@ class System:
     gpus_per_node: int = _setting("DGXNGPU", doc="GPUs (ranks) per node", low=1, high=72)
     accelerator: str = _setting("ACCELERATOR", "", "GPU model that memory and time are forecast for", choices=("", *ACCELERATORS, "CPU"))
     walltime: str = _setting("WALLTIME", "60", "Time limit of the whole job, for `sbatch -t`", unit="Slurm time")
+    memory_check: str = _setting("MEMORY_CHECK", "fail", "What preflight makes of a config whose account of memory does not fit", choices=("fail", "warn"))
     trials: int = _setting("NEXP", rules.RUNS_PER_RESULT, "Training runs in one job", low=1, high=1000)
     world_size: int | None = _setting("WORLD_SIZE", None, "Ranks, from the launcher", low=1)
     rank: int = _setting("RANK", 0, "This process's rank, from the launcher", low=0, beside="WORLD_SIZE")

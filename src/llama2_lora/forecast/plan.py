@@ -26,6 +26,24 @@ from llama2_lora.llama2 import LLAMA2_70B
 
 # Published v4.1 and v5.0 entries: 0.5 to 6.8 minutes, median 1.5 (benchmarks/published_results.csv).
 INIT_MINUTES = 3.0
+# (TP, CP) of published entries, by part and precision, PP 1 and MBS 1 (benchmarks/published_results.csv; B300 in FP4: v6.0)
+PUBLISHED_LAYOUTS = {
+    ("H100", "fp8"): {(4, 1), (4, 2)},
+    ("H200", "fp8"): {(1, 2), (2, 1), (4, 1), (4, 2)},
+    ("H200-NVL", "fp8"): {(1, 2)},
+    ("B200", "fp8"): {(1, 1), (1, 2), (1, 4), (1, 8)},
+    ("B200", "fp4"): {(1, 1), (1, 2)},
+    ("GB200", "fp8"): {(1, 1), (1, 2), (1, 4), (1, 8)},
+    ("GB200", "fp4"): {(1, 2)},
+    ("B300", "fp8"): {(1, 1)},
+    ("B300", "fp4"): {(1, 1)},
+    ("GB300", "fp8"): {(1, 8)},
+    ("GB300", "fp4"): {(1, 1)},
+    ("MI300X", "fp8"): {(1, 1), (2, 1), (4, 1)},
+    ("MI325X", "fp8"): {(1, 1), (2, 1)},
+    ("MI355X", "fp8"): {(1, 1)},
+    ("MI355X", "fp4"): {(1, 1)},
+}
 
 
 @dataclass(frozen=True)
@@ -277,11 +295,21 @@ def _memory_findings(settings: Settings, part: Accelerator | None, found: Memory
     if found.verdict in ("over", "no"):
         fix = what_would_fit(settings, LLAMA2_70B, part) or "more TP, CP or PP"
         need += f"; {fix} would make room"
-    if found.verdict == "over":
-        least = f"submissions did with {found.least / GB:.0f}, by other software (memory.py: PUBLISHED)"
-        yield Finding("warning", "memory", f"will likely run out of memory: {need}; {least}")
-    if found.verdict == "no":
-        yield Finding("error", "memory", f"does not fit: {need}")
+    if found.verdict in ("over", "no"):
+        yield _memory_refusal(settings, part, found, need)
+
+
+def _memory_refusal(settings: Settings, part: Accelerator, found: Memory, need: str) -> Finding:
+    """This software cannot hold the config: an error, unless submissions ran the layout, or the user will try."""
+    p, precision = settings.parallel, settings.precision
+    kind = "fp4" if precision.fp4 else "fp8" if precision.fp8 else "bf16"
+    if found.verdict == "over" and p.pp == 1 and (p.tp, p.cp) in PUBLISHED_LAYOUTS.get((part.name, kind), ()):
+        ran = f"submissions ran TP{p.tp} CP{p.cp} in {kind.upper()} on {part.name}"
+        least = f"{ran}, with {found.least / GB:.0f} GB by other software"
+        return Finding("warning", "memory", f"will likely run out of memory: {need}; {least}")
+    if settings.system.memory_check == "warn":
+        return Finding("warning", "memory", f"does not fit: {need}; MEMORY_CHECK=warn: go in spite of it")
+    return Finding("error", "memory", f"does not fit: {need}; MEMORY_CHECK=warn goes on in spite of this account")
 
 
 def _times(settings: Settings, part: Accelerator, steps: float, spread: float) -> Times:
