@@ -30,6 +30,8 @@ TWO_RANKS = {
     "pp2": {"MINIBS": "8", "PP": "2"},
     "cp2": {"MINIBS": "8", "CP": "2"},
     "tp2_sp": {"MINIBS": "8", "TP": "2", "SP": "1"},
+    # Layers run again when later micro-batches have begun: their dropout masks must be those of their own.
+    "pp2_recompute": {"MINIBS": "8", "PP": "2", "RECOMPUTE": "full"},
 }
 FOUR_RANKS = {
     "tp2_sp_cp2": {"MINIBS": "8", "TP": "2", "SP": "1", "CP": "2"},
