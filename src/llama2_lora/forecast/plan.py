@@ -18,6 +18,7 @@ from llama2_lora.config.values import walltime_minutes
 from llama2_lora.findings import Finding, at_least, exit_status
 from llama2_lora.forecast import convergence
 from llama2_lora.forecast.convergence import Convergence
+from llama2_lora.forecast.generations import of_this_stack
 from llama2_lora.forecast.memory import GB, Memory, memory_per_gpu, what_would_fit
 from llama2_lora.forecast.timing import Interval, Work, forecast
 from llama2_lora.gpus import Accelerator, accelerator_of
@@ -80,6 +81,19 @@ class Times:
     evaluations: float
     walltime_minutes: float
     like_published: bool  # whether published runs of this kind were there to fit
+    not_covered: str  # why not
+    generation: str  # of the software; empty where the part's published steps did not change with it
+    generation_reason: str
+    gpus: int
+    fp4_step_seconds: Interval | None = None  # the two phases of a run in FP4
+    healed_step_seconds: Interval | None = None
+
+    def gpu_hours(self) -> tuple[Interval, Interval]:
+        """Of one run with its initialization, and of the job."""
+        per_run = (INIT_MINUTES + minutes for minutes in (self.run_minutes.low, self.run_minutes.middle, self.run_minutes.high))
+        job = (self.job_minutes.low, self.job_minutes.middle, self.job_minutes.high)
+        run, whole = (Interval(*(self.gpus * m / 60 for m in minutes)) for minutes in (per_run, job))
+        return run, whole
 
 
 @dataclass(frozen=True)
@@ -116,7 +130,11 @@ def plan(settings: Settings) -> Plan:
     reference = None if rehearsal else convergence.expected(settings.global_batch_size)
     memory = None if part is None else memory_per_gpu(settings, LLAMA2_70B, part)
     steps = _steps_needed(settings, reference)
-    times = None if part is None or steps is None else _times(settings, part, steps)
+    times = (
+        None
+        if part is None or steps is None or reference is None
+        else _times(settings, part, steps, reference.deviation / reference.mean)
+    )
     kept = () if rehearsal else tuple(rule_checks(settings))
     return Plan(
         config=system.name,
@@ -266,11 +284,13 @@ def _memory_findings(settings: Settings, part: Accelerator | None, found: Memory
         yield Finding("error", "memory", f"does not fit: {need}")
 
 
-def _times(settings: Settings, part: Accelerator, steps: float) -> Times:
+def _times(settings: Settings, part: Accelerator, steps: float, spread: float) -> Times:
+    """spread: of the reference's runs around their mean, as a share of it."""
     gbs, trials = settings.global_batch_size, settings.system.trials
-    work = Work.from_settings(settings, part)
+    generation = of_this_stack(part)
+    work = Work.from_settings(settings, part, generation.name)
     evaluations = (steps - settings.eval_steps.start) / settings.eval_every_steps + 1
-    found = forecast(work, steps * gbs, evaluations)
+    found = forecast(work, steps * gbs, evaluations, spread)
     run = found["run_minutes"]
     return Times(
         **found,
@@ -279,6 +299,10 @@ def _times(settings: Settings, part: Accelerator, steps: float) -> Times:
         evaluations=evaluations,
         walltime_minutes=walltime_minutes(settings.system.walltime),
         like_published=work.seen,
+        not_covered=work.not_covered,
+        generation=generation.name if work.kind.endswith(generation.name) else "",
+        generation_reason=generation.reason,
+        gpus=work.gpus,
     )
 
 
