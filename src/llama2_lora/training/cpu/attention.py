@@ -72,6 +72,7 @@ def fused_attn_fwd(
     sequence_first = _sequence_first(qkv_layout)
     q, k, v = (_heads_first(t, sequence_first) for t in (Q, K, V))
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    # PRIVATE: torch 2.13 torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, log_sum_exp = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=attn_scale)
     return [_sequence_back(out, sequence_first), log_sum_exp.float()[..., None], torch.tensor(_RNG_STATE)]
 
@@ -116,6 +117,7 @@ def fused_attn_bwd(
     groups, repeats = k.shape[1], q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(repeats, 1) for t in (k, v))
     log_sum_exp = Aux_CTX_Tensors[0].squeeze(-1)
+    # PRIVATE: torch 2.13 torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
         d_out, q, k, v, out, log_sum_exp, 0.0, causal, scale=attn_scale
     )
