@@ -12,9 +12,10 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
-from llama2_lora.config.settings import Settings, SettingsError, check_paths
+from llama2_lora.config.settings import Settings, SettingsError
 from llama2_lora.findings import one_line
 from llama2_lora.mlperf_log import MLPerfLog
+from llama2_lora.node.files import check_data, check_paths, check_shape
 from llama2_lora.weights.checkpoint import check_checkpoint, read_shape
 
 MESSAGE_CHARACTERS = 2000
@@ -25,7 +26,9 @@ def main() -> int:
         settings = Settings.from_env()
         check_paths(settings)
         shape = read_shape(Path(settings.run.checkpoint_path))
+        check_shape(settings, shape)
         check_checkpoint(Path(settings.run.checkpoint_path), shape, settings.weights_dtype)
+        check_data(settings, shape.vocab)
     except (SettingsError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -33,9 +36,7 @@ def main() -> int:
     log.init_start()  # before the imports of torch and NeMo: they take seconds, and their time counts
     try:
         return 0 if train(settings, shape, log) else 1
-    except (
-        BaseException
-    ) as error:  # a signal too: Lightning's SIGTERMException is a SystemExit without a code, that is status 0
+    except BaseException as error:  # a signal too: Lightning's SIGTERMException is a SystemExit of status 0
         print(f"error: rank {settings.system.rank}: {describe(error)}", file=sys.stderr, flush=True)
         return 1
 
@@ -54,10 +55,12 @@ def train(settings: Settings, shape, log: MLPerfLog) -> bool:
     """Build everything and fit. Returns whether the run reached the target loss."""
     warnings.simplefilter("ignore")  # hundreds of lines a rank in which libraries talk about themselves; errors stay
     if settings.system.platform == "cpu":
-        from llama2_lora.training.cpu import cpu_platform as platform
+        from llama2_lora.training.cpu import capability_for, cpu_platform
+
+        platform = cpu_platform(capability_for(settings.precision))
     else:
-        platform = nullcontext
-    with platform():
+        platform = nullcontext()
+    with platform:
         return fit(settings, shape, log)
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from helpers import ROOT
@@ -40,6 +41,7 @@ def copy_of(tiny: Tiny, folder: Path) -> Tiny:
     ("damage", "expected"),
     [
         ("no train.npy", "train.npy does not exist; run scripts/download_dataset.py"),
+        ("half a train.npy", "bytes, the manifest says"),
         ("no checkpoint", "is not a folder; run scripts/convert_model.py"),
         ("no tokenizer", "tokenizer"),
         ("another shape", "linear_fc1"),
@@ -55,6 +57,8 @@ def test_what_can_be_seen_before_the_start_ends_it(tiny: Tiny, tmp_path: Path, d
     changes = {}
     if damage == "no train.npy":
         (mine.data / "train.npy").unlink()
+    elif damage == "half a train.npy":
+        os.truncate(mine.data / "train.npy", 2000)
     elif damage == "no checkpoint":
         shutil.rmtree(mine.checkpoint)
     elif damage == "no tokenizer":
@@ -77,19 +81,41 @@ def test_what_can_be_seen_before_the_start_ends_it(tiny: Tiny, tmp_path: Path, d
 def test_damaged_data_ends_the_run_and_closes_the_log(tiny: Tiny, tmp_path: Path) -> None:
     """The clock runs when the files are opened: the log must still be a whole one."""
     mine = copy_of(tiny, tmp_path)
-    with (mine.data / "train.npy").open("r+b") as file:
-        file.truncate(file.seek(0, os.SEEK_END) - SEQUENCE)
+    content = bytearray((mine.data / "validation.npy").read_bytes())
+    content[-2 - SEQUENCE] ^= 1
+    (mine.data / "validation.npy").write_bytes(content)
     done = run_alone(mine.environment(tmp_path) | FAST | {"SAVE_ADAPTER": "1"})
     assert done.returncode == 1
-    assert "truncated" in errors(done)[0] or "bytes" in errors(done)[0]
+    assert "validation.npy has sha256" in errors(done)[0]
     assert len(errors(done)) == 1
+    assert events(done.stdout, "train_loss") == []
     assert events(done.stdout, "run_stop")[0]["metadata"]["status"] == "aborted"
     assert not list(tmp_path.glob("adapter*"))
 
 
+def test_data_that_changes_under_a_run_ends_it(tiny: Tiny, tmp_path: Path) -> None:
+    """A mapped file that is cut would end the process with SIGBUS; a replaced one once gave `run_stop success`."""
+    mine = copy_of(tiny, tmp_path)
+    environment = clean_environment(**mine.environment(tmp_path, MAX_STEPS="100000", TARGET_LOSS="0.01") | FAST)
+    command = [ROOT / "scripts/run_and_time.sh"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if '"train_loss"' in line:
+                break
+        shutil.copyfile(mine.data / "train.npy", tmp_path / "new")
+        (tmp_path / "new").replace(mine.data / "validation.npy")
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "validation.npy was changed, cut or replaced since it was opened" in err
+    assert [event["metadata"]["status"] for event in events(out, "run_stop")] == ["aborted"]
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_at_once(tiny: Tiny, tmp_path: Path) -> None:
-    done = run_alone(tiny.environment(tmp_path, LR="1e30", MAX_STEPS="40") | FAST)
-    assert done.returncode == 1
+    mine = copy_of(tiny, tmp_path)
+    (norm,) = (mine.checkpoint / "weights/module.decoder.final_layernorm.weight").glob("[0-9]*")
+    norm.write_bytes(np.full(norm.stat().st_size // 4, np.inf, np.float32).tobytes())
+    done = run_alone(mine.environment(tmp_path, MAX_STEPS="40") | FAST)
+    assert done.returncode == 1, done.stderr[-2000:]
     assert len(errors(done)) == 1
     assert "loss is nan at step" in errors(done)[0]
     assert "on rank 0" in errors(done)[0]

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llama2_lora import files
-from llama2_lora.config import rules
-from llama2_lora.config.settings import Settings, SettingsError, check_paths
-from llama2_lora.data import packed
+from llama2_lora.config.settings import Settings, SettingsError
+from llama2_lora.config.shapes import shape_conflicts
+from llama2_lora.data import inspection, packed
 from llama2_lora.findings import Finding
 from llama2_lora.gpus import Accelerator, accelerator_of
-from llama2_lora.llama2 import LLAMA2_70B
+from llama2_lora.llama2 import LLAMA2_70B, LlamaShape
 from llama2_lora.node import probe
 from llama2_lora.weights import checkpoint
 
 SYSTEM_SHARE = 0.02  # of a part's memory that drivers and firmware may keep
-RAW_COUNTS = {"train.npy": rules.TRAIN_SEQUENCES, "validation.npy": rules.EVAL_SEQUENCES}
 
 
 def inspect(settings: Settings) -> list[Finding]:
@@ -27,42 +26,54 @@ def inspect(settings: Settings) -> list[Finding]:
     return [finding for check in checks for finding in check(settings)]
 
 
+def check_paths(settings: Settings) -> None:
+    """Raise SettingsError where a run's files are missing or its results cannot be written. Opens nothing."""
+    if problems := list(_path_problems(settings)):
+        raise SettingsError(problems)
+
+
+def _path_problems(settings: Settings) -> Iterator[str]:
+    run = settings.run
+    for name in ("train.npy", "validation.npy"):
+        if not (path := Path(run.data_path, name)).is_file():
+            yield f"DATA_PATH={run.data_path}: {path} does not exist; run scripts/download_dataset.py"
+    if not Path(run.checkpoint_path).is_dir():
+        yield f"CKPT_PATH={run.checkpoint_path}: is not a folder; run scripts/convert_model.py or download_model.py"
+    if not os.access(run.results_path, os.W_OK | os.X_OK):
+        yield f"RESULTS_PATH={run.results_path}: is not a folder that this user can write to"
+
+
+def check_shape(settings: Settings, shape: LlamaShape) -> None:
+    """Raise SettingsError where the settings do not suit the checkpoint's model."""
+    if problems := list(shape_conflicts(settings, shape)):
+        raise SettingsError(problems)
+
+
 def _paths(settings: Settings) -> Iterator[Finding]:
-    try:
-        check_paths(settings)
+    problems = list(_path_problems(settings))
+    yield from (Finding("error", "paths", problem) for problem in problems)
+    if not problems:
         yield Finding("ok", "paths", "data, checkpoint and results folders are there")
-    except SettingsError as error:
-        yield from (Finding("error", "paths", line) for line in str(error).splitlines())
+
+
+def check_data(settings: Settings, vocab_size: int) -> None:
+    """ValueError or OSError where the data set is not what the settings say. Looks at metadata alone: it may precede a run."""
+    batch = settings.batch
+    inspection.expected(Path(settings.run.data_path), batch.sequence_length, vocab_size, settings.system.platform == "gpu")
 
 
 def _data(settings: Settings) -> Iterator[Finding]:
     folder = Path(settings.run.data_path)
-    try:
-        manifest = packed.read_manifest(folder)
-    except ValueError as error:
-        yield Finding("error", "data", str(error))
+    problems = inspection.problems(folder, settings.system.platform == "gpu", settings.batch.sequence_length)
+    yield from (Finding("error", "data", problem) for problem in problems)
+    if problems:
         return
+    manifest = packed.read_manifest(folder)
     if manifest is None:
-        yield Finding("unknown", "data", f"{folder} has no {packed.MANIFEST}: sizes and hashes cannot be checked")
+        yield Finding("unknown", "data", f"{folder} has no {packed.MANIFEST}: hashes cannot be checked")
         return
     for name, entry in manifest["files"].items():
-        yield _file(folder / name, entry)
-        if settings.system.platform == "gpu" and entry["rows"] != RAW_COUNTS.get(name, entry["rows"]):
-            yield Finding("error", "data", f"{name} has {entry['rows']} rows: the rules fix {RAW_COUNTS[name]}")
-    if manifest["sequence_length"] != settings.batch.sequence_length:
-        text = f"rows have {manifest['sequence_length']} tokens: MAX_SEQLEN={settings.batch.sequence_length}"
-        yield Finding("error", "data", text)
-
-
-def _file(path: Path, entry: dict[str, Any]) -> Finding:
-    if not path.is_file():
-        return Finding("error", "data", f"{path} is missing")
-    if (size := path.stat().st_size) != entry["bytes"]:
-        return Finding("error", "data", f"{path.name} has {size} bytes, the manifest says {entry['bytes']}")
-    if (digest := files.file_sha256(path)) != entry["sha256"]:
-        text = f"{path.name} has sha256 {digest[:12]}..., the manifest says {entry['sha256'][:12]}..."
-        return Finding("error", "data", text)
-    return Finding("ok", "data", f"{path.name}: {entry['rows']} rows, {size:,} bytes, sha256 {digest[:12]}...")
+        yield Finding("ok", "data", f"{name}: {entry['rows']} rows, {entry['bytes']:,} bytes, sha256 {entry['sha256'][:12]}...")
 
 
 def _checkpoint(settings: Settings) -> Iterator[Finding]:
@@ -75,6 +86,7 @@ def _checkpoint(settings: Settings) -> Iterator[Finding]:
     except (ValueError, OSError) as error:
         yield Finding("error", "checkpoint", str(error))
         return
+    yield from (Finding("error", "checkpoint", problem) for problem in shape_conflicts(settings, shape))
     yield Finding("ok", "checkpoint", f"{shape.parameters() / 1e9:.3g}e9 parameters in {settings.weights_dtype}")
 
 
@@ -86,7 +98,7 @@ def _gpus(settings: Settings) -> Iterator[Finding]:
     wanted, devices = settings.system.gpus_per_node, seen["gpus"]
     names = sorted({device["name"] for device in devices})
     yield Finding("ok" if len(devices) == wanted else "error", "gpus", f"{len(devices)} of {wanted}: {', '.join(names)}")
-    if part := accelerator_of(settings.system):
+    if part := accelerator_of(settings.system.accelerator, settings.system.name):
         yield from _memories(devices, part)
 
 

@@ -19,7 +19,14 @@ import torch
 import torch._dynamo
 from torch.overrides import TorchFunctionMode
 
+from llama2_lora.config.settings import Precision
+
 HOPPER, BLACKWELL = (9, 0), (10, 0)  # compute capabilities: what Transformer Engine chooses kernels by
+
+
+def capability_for(precision: Precision) -> tuple[int, int]:
+    """The first part that computes in this precision."""
+    return BLACKWELL if precision.fp4 or (precision.fp8 and precision.fp8_recipe == "mxfp8") else HOPPER
 
 
 class Stream:
