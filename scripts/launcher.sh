@@ -47,7 +47,7 @@ local_prefix() { # where
 # what libraries document. A list and not the whole environment: a host's PATH or CUDA_HOME would break the image.
 task_variables() {
   {
-    sed -n 's/^ *export \([A-Z][A-Z0-9_]*\)=.*/\1/p' "${TREE}"/config_*.sh
+    sed -n 's/ #.*//; s/^ *export / /p' "${TREE}"/config_*.sh | grep -oE ' [A-Z][A-Z0-9_]*=' | tr -d ' ='
     settings_variables
     printf '%s\n' LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT BIND PYTHON
     compgen -e | grep -E '^(NCCL|UCX|NVTE|TORCH|GLOO|CUBLAS|CUDNN)_' || true
@@ -55,7 +55,7 @@ task_variables() {
 }
 
 settings_variables() {
-  sed -n 's/.*_setting("\([A-Z][A-Z0-9_]*\)".*/\1/p' "${TREE}/src/llama2_lora/config/settings.py"
+  sed -n 's/.* = _setting("\([A-Z][A-Z0-9_]*\)".*/\1/p' "${TREE}/src/llama2_lora/config/settings.py"
 }
 
 # An image's TARGET_LOSS, or the RANK and WORLD_SIZE of Enroot's hook for PyTorch, must not reach a run: what the job does not

@@ -74,6 +74,23 @@ def test_all_that_settings_read_is_the_jobs_and_not_the_images():
     assert "MYTHING" not in listed
 
 
+@pytest.mark.parametrize("config", sorted(path.name for path in ROOT.glob("config_*x*x*.sh")))
+def test_all_that_a_config_exports_reaches_the_training(config):
+    exported = dry_run(f"source {config} && env").stdout.split("\n")
+    names = {line.partition("=")[0] for line in exported if "=" in line} - {
+        *PATHS,
+        "DRY_RUN",
+        "PATH",
+        "HOME",
+        "PWD",
+        "SHLVL",
+        "_",
+    }
+    found = commands(f"source {config} && bash run.sub", PLATFORM="gpu", NCCL_TEST="0")
+    (listed,) = (word for word in training(found)[0] if word.startswith("--container-env="))
+    assert names <= set(listed.partition("=")[2].split(","))
+
+
 def test_without_containers():
     found = commands(SLURM, CONT="none")
     assert not any("container" in word or "enroot" in word for words in found for word in words)

@@ -127,9 +127,12 @@ def test_a_folder_that_cannot_be_written_ends_the_job_at_once(user_site):
 
 
 def test_more_mounts(site):
-    """A mount's target must not be there for the next job, so the data set is found only where the mount put it."""
-    mounts = f"{site.folder / 'gov report'}:/data2:ro"
-    job = site.submit("mounts", EXTRA_MOUNTS=mounts, DATADIR=str(site.folder / "gov report"))
+    """Here the interpreter is where only the mount puts it."""
+    (site.folder / "extra").mkdir()
+    python = site.folder / "extra/python"
+    python.write_text('#!/bin/sh\nexec /workspace/ft-llm/tests/launch/bin/python "$@"\n')
+    python.chmod(0o755)
+    job = site.submit("mounts", EXTRA_MOUNTS=f"{python.parent}:/extra:ro", PYTHON="/extra/python")
     assert job.wait() == 0, job.text()
 
 
