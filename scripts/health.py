@@ -6,7 +6,7 @@
 
 `probe` prints one line of JSON. `judge` prints a table of what is bad or could not be checked and exits 1 when
 the job must not go on: with --mode fail for any bad finding, otherwise for missing or differing files alone.
-Thresholds and their reasons are in src/llama2_lora/fitness.py.
+Thresholds and their reasons are in src/llama2_lora/node/verdict.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+from llama2_lora.findings import count, exit_status, show
 from llama2_lora.node import probe, verdict
 
 
@@ -52,15 +53,6 @@ def measured_bandwidth(path: Path) -> float | None:
     return float(found[-1]) if found else None
 
 
-def show(findings: list[verdict.Finding], mode: str) -> None:
-    """What is bad or not checked, and what all nodes have in common."""
-    for f in findings:
-        if f.verdict == verdict.BAD or f.node == "job" or (mode != "off" and f.verdict == verdict.UNKNOWN):
-            print(f"{f.verdict:12}{f.node:20}{f.check:18}{f.detail}")
-    verdicts = (verdict.OK, verdict.BAD, verdict.UNKNOWN)
-    print("checks:", ", ".join(f"{sum(f.verdict == verdict for f in findings)} {verdict}" for verdict in verdicts))
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     if args.command == "probe":
@@ -75,8 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {args.probes}: cannot be judged: {error}", file=sys.stderr)
         return 2
-    show(findings, args.mode)
-    return verdict.exit_status(findings, args.mode)
+    show((f for f in findings if f.level != "ok" or f.where == verdict.JOB), least="ok")
+    print("checks:", count(findings))
+    return exit_status(findings, verdict.stops_at(args.mode))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Node checks: what is read from nvidia-smi, ibstat and the node itself (health.py), and how it is judged (fitness.py).
+"""Node checks: what is read from nvidia-smi, ibstat and the node itself (probe.py), and how it is judged (verdict.py).
 
 The outputs of nvidia-smi and ibstat are written after the tools' own formats, cut down to what matters and some neighbours.
 """
@@ -17,6 +17,7 @@ import pytest
 
 from helpers import ROOT
 from helpers.training_runs import make_data
+from llama2_lora.findings import Finding, at_least, exit_status
 from llama2_lora.node import probe, verdict
 
 GPU = """
@@ -99,18 +100,18 @@ def node(number: int = 0, **changes: object) -> dict:
     return json.loads(json.dumps(seen | changes))
 
 
-def judge(*nodes: dict) -> list[verdict.Finding]:
+def judge(*nodes: dict) -> list[Finding]:
     return verdict.judge(nodes, len(nodes), 8, "gpu", "H100")
 
 
 def bad(*nodes: dict) -> list[str]:
-    return [f"{f.node} {f.check}: {f.detail}" for f in judge(*nodes) if f.verdict == verdict.BAD]
+    return [f"{f.where} {f.code}: {f.text}" for f in at_least(judge(*nodes), "error")]
 
 
 def test_healthy_nodes_pass_every_check():
     findings = judge(node(0), node(1))
-    assert {f.verdict for f in findings} == {verdict.OK}
-    assert verdict.exit_status(findings, "fail") == 0
+    assert {f.level for f in findings} == {"ok"}
+    assert exit_status(findings, verdict.stops_at("fail")) == 0
 
 
 @pytest.mark.parametrize(
@@ -168,9 +169,9 @@ def test_infiniband_ports_matter_on_more_than_one_node():
 
 def test_what_a_site_lacks_is_not_checked():
     findings = judge(node(gpu=None, nvlink=None, infiniband=None, shared_memory_gib=None))
-    unknown = {f.check for f in findings if f.verdict == verdict.UNKNOWN}
+    unknown = {f.code for f in findings if f.level == "unknown"}
     assert unknown == {"gpus", "nvlink", "infiniband", "shared memory"}
-    assert verdict.exit_status(findings, "fail") == 0
+    assert exit_status(findings, verdict.stops_at("fail")) == 0
 
 
 @pytest.mark.parametrize(
@@ -191,7 +192,7 @@ def test_output_that_is_not_understood_is_none(text):
             False,
         ),
         ({"results_gib": 0.0}, "node1 disk: 0.0 GiB free under LOGDIR, at least 1 needed", False),
-        ({"clock": {"offset_seconds": -2.5}}, "node1 clock: -2.500 s from node 0, at most 1 allowed", False),
+        ({"clock": {"offset_seconds": -2.5}}, "node1 clock: the clock is -2.500 s from node 0, at most 1 allowed", False),
         ({"clock": {"error": "connecting to node 0 at a:1: timed out"}}, "node1 network: connecting to node 0 at a:1", False),
         ({"results_writable": False}, "node1 results: LOGDIR cannot be written to", True),
         ({"data": {"error": "[Errno 2] No such file"}}, "is DATADIR the folder", True),
@@ -202,7 +203,7 @@ def test_output_that_is_not_understood_is_none(text):
 def test_host_and_file_problems(changes, problem, fatal):
     findings = judge(node(**changes))
     assert problem in " ".join(bad(node(**changes)))
-    assert [verdict.exit_status(findings, mode) for mode in ("fail", "warn", "off")] == [1, int(fatal), int(fatal)]
+    assert [exit_status(findings, verdict.stops_at(mode)) for mode in ("fail", "warn", "off")] == [1, int(fatal), int(fatal)]
 
 
 def test_nodes_that_differ():
@@ -213,22 +214,22 @@ def test_nodes_that_differ():
 
 def test_a_node_that_did_not_answer_is_fatal():
     findings = verdict.judge([node(0)], 2, 8, "gpu", "H100")
-    assert "1 of 2 nodes answered" in findings[0].detail
-    assert verdict.exit_status(findings, "off") == 1
+    assert "1 of 2 nodes answered" in findings[0].text
+    assert exit_status(findings, verdict.stops_at("off")) == 1
 
 
 @pytest.mark.parametrize(
     ("measured", "nodes", "accelerator", "expected"),
     [
         (420, 1, "H100", "ok"),
-        (120, 1, "H100", "bad"),
+        (120, 1, "H100", "error"),
         (240, 2, "H100", "ok"),
-        (None, 2, "H100", "bad"),
-        (9, 2, "MI300X", "not checked"),
+        (None, 2, "H100", "error"),
+        (9, 2, "MI300X", "unknown"),
     ],
 )
 def test_allreduce_floor(measured, nodes, accelerator, expected):
-    assert verdict.judge_allreduce(measured, nodes, accelerator).verdict == expected
+    assert verdict.judge_allreduce(measured, nodes, accelerator).level == expected
 
 
 def test_clocks_of_two_processes():

@@ -24,6 +24,7 @@ from llama2_lora.config.settings import Settings
 from llama2_lora.gpus import Accelerator
 from llama2_lora.llama2 import LlamaShape
 
+GB = 1e9
 BF16, FP32, FP8, FP4 = 2.0, 4.0, 1.0, 0.5
 BLOCK_SCALES = 1 / 32  # MXFP8: a byte per 32 values
 FP4_SCALES = 1 / 16  # NVFP4: a byte per 16 values
@@ -75,6 +76,16 @@ class Memory:
         if self.total > self.capacity:
             return "over"
         return "tight" if self.total > TIGHT * self.capacity else "fits"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, in GB."""
+        return {
+            "items": [{"name": item.name, "gb": item.bytes / GB, "source": item.source} for item in self.items],
+            "total_gb": self.total / GB,
+            "least_gb": self.least / GB,
+            "capacity_gb": self.capacity / GB,
+            "verdict": self.verdict,
+        }
 
 
 def memory_per_gpu(settings: Settings, shape: LlamaShape, accelerator: Accelerator) -> Memory:

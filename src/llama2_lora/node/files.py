@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from llama2_lora import files
 from llama2_lora.config import rules
 from llama2_lora.config.settings import Settings, SettingsError, check_paths
 from llama2_lora.data import packed
+from llama2_lora.findings import Finding
 from llama2_lora.gpus import Accelerator, accelerator_of
 from llama2_lora.llama2 import LLAMA2_70B
 from llama2_lora.node import probe
@@ -19,56 +20,52 @@ SYSTEM_SHARE = 0.02  # of a part's memory that drivers and firmware may keep
 RAW_COUNTS = {"train.npy": rules.TRAIN_SEQUENCES, "validation.npy": rules.EVAL_SEQUENCES}
 
 
-def inspect(settings: Settings) -> list[dict[str, Any]]:
-    """One row per check: name, whether it passed (None: could not be checked), text. Reads every byte of the data set,
-    outside any run: run.sub drops the caches before each one."""
-    checks: list[tuple[str, Callable[[Settings], Iterator[tuple[bool | None, str]]]]] = [
-        ("paths", _paths),
-        ("data", _data),
-        ("checkpoint", _checkpoint),
-    ]
-    if settings.system.platform == "gpu":
-        checks.append(("GPUs", _gpus))
-    return [{"check": name, "passed": ok, "text": text} for name, check in checks for ok, text in check(settings)]
+def inspect(settings: Settings) -> list[Finding]:
+    """One finding per check, good ones too. Reads every byte of the data set, outside any run: run.sub drops the caches
+    before each one."""
+    checks = [_paths, _data, _checkpoint] + ([_gpus] if settings.system.platform == "gpu" else [])
+    return [finding for check in checks for finding in check(settings)]
 
 
-def _paths(settings: Settings) -> Iterator[tuple[bool | None, str]]:
+def _paths(settings: Settings) -> Iterator[Finding]:
     try:
         check_paths(settings)
-        yield True, "data, checkpoint and results folders are there"
+        yield Finding("ok", "paths", "data, checkpoint and results folders are there")
     except SettingsError as error:
-        yield from ((False, line) for line in str(error).splitlines())
+        yield from (Finding("error", "paths", line) for line in str(error).splitlines())
 
 
-def _data(settings: Settings) -> Iterator[tuple[bool | None, str]]:
+def _data(settings: Settings) -> Iterator[Finding]:
     folder = Path(settings.run.data_path)
     try:
         manifest = packed.read_manifest(folder)
     except ValueError as error:
-        yield False, str(error)
+        yield Finding("error", "data", str(error))
         return
     if manifest is None:
-        yield None, f"{folder} has no {packed.MANIFEST}: sizes and hashes cannot be checked"
+        yield Finding("unknown", "data", f"{folder} has no {packed.MANIFEST}: sizes and hashes cannot be checked")
         return
     for name, entry in manifest["files"].items():
         yield _file(folder / name, entry)
         if settings.system.platform == "gpu" and entry["rows"] != RAW_COUNTS.get(name, entry["rows"]):
-            yield False, f"{name} has {entry['rows']} rows: the rules fix {RAW_COUNTS[name]}"
+            yield Finding("error", "data", f"{name} has {entry['rows']} rows: the rules fix {RAW_COUNTS[name]}")
     if manifest["sequence_length"] != settings.batch.sequence_length:
-        yield False, f"rows have {manifest['sequence_length']} tokens: MAX_SEQLEN={settings.batch.sequence_length}"
+        text = f"rows have {manifest['sequence_length']} tokens: MAX_SEQLEN={settings.batch.sequence_length}"
+        yield Finding("error", "data", text)
 
 
-def _file(path: Path, entry: dict[str, Any]) -> tuple[bool, str]:
+def _file(path: Path, entry: dict[str, Any]) -> Finding:
     if not path.is_file():
-        return False, f"{path} is missing"
+        return Finding("error", "data", f"{path} is missing")
     if (size := path.stat().st_size) != entry["bytes"]:
-        return False, f"{path.name} has {size} bytes, the manifest says {entry['bytes']}"
+        return Finding("error", "data", f"{path.name} has {size} bytes, the manifest says {entry['bytes']}")
     if (digest := files.file_sha256(path)) != entry["sha256"]:
-        return False, f"{path.name} has sha256 {digest[:12]}..., the manifest says {entry['sha256'][:12]}..."
-    return True, f"{path.name}: {entry['rows']} rows, {size:,} bytes, sha256 {digest[:12]}..."
+        text = f"{path.name} has sha256 {digest[:12]}..., the manifest says {entry['sha256'][:12]}..."
+        return Finding("error", "data", text)
+    return Finding("ok", "data", f"{path.name}: {entry['rows']} rows, {size:,} bytes, sha256 {digest[:12]}...")
 
 
-def _checkpoint(settings: Settings) -> Iterator[tuple[bool | None, str]]:
+def _checkpoint(settings: Settings) -> Iterator[Finding]:
     folder = Path(settings.run.checkpoint_path)
     try:
         shape = checkpoint.read_shape(folder)
@@ -76,25 +73,26 @@ def _checkpoint(settings: Settings) -> Iterator[tuple[bool | None, str]]:
             raise ValueError(f"{folder}: {shape.parameters() / 1e9:.3g}e9 parameters; Llama-2-70B is expected")
         checkpoint.check_checkpoint(folder, shape, settings.weights_dtype)
     except (ValueError, OSError) as error:
-        yield False, str(error)
+        yield Finding("error", "checkpoint", str(error))
         return
-    yield True, f"{shape.parameters() / 1e9:.3g}e9 parameters in {settings.weights_dtype}"
+    yield Finding("ok", "checkpoint", f"{shape.parameters() / 1e9:.3g}e9 parameters in {settings.weights_dtype}")
 
 
-def _gpus(settings: Settings) -> Iterator[tuple[bool | None, str]]:
+def _gpus(settings: Settings) -> Iterator[Finding]:
     seen = probe.parse_nvidia_smi(probe.run("nvidia-smi", "-q", "-x"))
     if seen is None:
-        yield None, "nvidia-smi is absent or failed"
+        yield Finding("unknown", "gpus", "nvidia-smi is absent or failed")
         return
     wanted, devices = settings.system.gpus_per_node, seen["gpus"]
     names = sorted({device["name"] for device in devices})
-    yield len(devices) == wanted, f"{len(devices)} of {wanted}: {', '.join(names)}"
+    yield Finding("ok" if len(devices) == wanted else "error", "gpus", f"{len(devices)} of {wanted}: {', '.join(names)}")
     if part := accelerator_of(settings.system):
         yield from _memories(devices, part)
 
 
-def _memories(devices: list[dict[str, Any]], part: Accelerator) -> Iterator[tuple[bool | None, str]]:
+def _memories(devices: list[dict[str, Any]], part: Accelerator) -> Iterator[Finding]:
     needed = (1 - SYSTEM_SHARE) * part.memory_bytes / probe.GIB
     for i, device in enumerate(devices):
         if device["memory_gib"] and device["memory_gib"] < needed:
-            yield False, f"GPU {i} has {device['memory_gib']:.0f} GiB: {part.name} has {needed:.0f} or more"
+            text = f"GPU {i} has {device['memory_gib']:.0f} GiB: {part.name} has {needed:.0f} or more"
+            yield Finding("error", "gpus", text)

@@ -1,6 +1,6 @@
 """What a node says of itself: GPUs, links, disks, clock and mounted files, as plain values (JSON).
 
-`probe()` runs on every node; fitness.py judges what all of them say. A command that a site lacks, or that prints something
+`probe()` runs on every node; verdict.py judges what all of them say. A command that a site lacks, or that prints something
 else than expected, gives None, never a guess.
 """
 

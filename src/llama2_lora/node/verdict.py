@@ -1,7 +1,8 @@
 """Is every node of the job fit to train on? Judges what health.py's probes said on all nodes.
 
-`judge()` returns one `Finding` per node and check, then one per comparison of the nodes. What a node could not say is `not
-checked`. All thresholds are in `LIMITS` and `LINKS`; memory is the part's own (accelerators.py).
+`judge()` returns one Finding per node and check, then one per comparison of the nodes. What a node could not say is
+`unknown`. Files that are missing or differ are `fatal`: without them there is no run, whatever HEALTH says. All thresholds
+are in `LIMITS` and `LINKS`; memory is the part's own (gpus.py).
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from llama2_lora.findings import Finding
 from llama2_lora.gpus import ACCELERATORS
 from llama2_lora.node.probe import GIB
 
-OK, BAD, UNKNOWN = "ok", "bad", "not checked"
-Check = tuple[str, str, str] | tuple[str, str, str, bool]  # name, verdict, detail, and whether it is fatal
+JOB = "job"  # where a finding is about all nodes together
 
 
 @dataclass(frozen=True)
@@ -53,83 +54,76 @@ LINKS = {
 }
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One check's verdict. `fatal` ones count even with HEALTH=off: without the files there is no run."""
-
-    node: str
-    check: str
-    verdict: str
-    detail: str
-    fatal: bool = False
-
-
 def judge(probes: Sequence[dict[str, Any]], nodes: int, gpus: int, platform: str, accelerator: str) -> list[Finding]:
     """One finding per node and check, then what only a comparison of the nodes shows."""
     findings = []
     if len(probes) != nodes:
-        findings.append(Finding("job", "nodes", BAD, f"{len(probes)} of {nodes} nodes answered the probe", fatal=True))
+        findings.append(Finding("fatal", "nodes", f"{len(probes)} of {nodes} nodes answered the probe", JOB))
     for seen in probes:
         checks = [*_file_checks(seen), *_host_checks(seen)]
         if platform == "gpu":
             checks += [*_gpu_checks(seen, gpus, accelerator), *_link_checks(seen, nodes, LINKS.get(accelerator))]
-        findings += [Finding(seen["host"], *check) for check in checks]
-    return findings + [Finding("job", *check) for check in _comparisons(probes, platform)]
+        findings += [replace(check, where=seen["host"]) for check in checks]
+    return findings + [replace(check, where=JOB) for check in _comparisons(probes, platform)]
 
 
-def _file_checks(seen: dict[str, Any]) -> Iterator[Check]:
+def _file_checks(seen: dict[str, Any]) -> Iterator[Finding]:
     data, checkpoint = seen["data"], seen["checkpoint"]
     if "error" in data:
-        yield "data", BAD, f"{data['error']}; is DATADIR the folder that download_dataset.py wrote?", True
+        yield Finding("fatal", "data", f"{data['error']}; is DATADIR the folder that download_dataset.py wrote?")
     elif data["manifest"] is None:
-        yield "data", UNKNOWN, "no manifest.json beside the files: run download_dataset.py --check once"
+        yield Finding("unknown", "data", "no manifest.json beside the files: run download_dataset.py --check once")
     else:
         pairs = [(name, data["bytes"].get(name), size) for name, size in data["manifest"].items()]
         wrong = [f"{name} has {found} bytes, manifest says {size}" for name, found, size in pairs if found != size]
-        yield ("data", BAD, "; ".join(wrong), True) if wrong else ("data", OK, "sizes agree with the manifest")
+        yield Finding("fatal" if wrong else "ok", "data", "; ".join(wrong) or "sizes agree with the manifest")
     if "error" in checkpoint:
-        yield "checkpoint", BAD, f"{checkpoint['error']}; is MODEL the folder of a NeMo checkpoint?", True
+        yield Finding("fatal", "checkpoint", f"{checkpoint['error']}; is MODEL the folder of a NeMo checkpoint?")
     else:
-        yield "checkpoint", OK, f"{checkpoint['files']} files, {checkpoint['bytes'] / GIB:.2f} GiB"
+        yield Finding("ok", "checkpoint", f"{checkpoint['files']} files, {checkpoint['bytes'] / GIB:.2f} GiB")
     if seen["results_writable"]:
-        yield "results", OK, "writable"
+        yield Finding("ok", "results", "LOGDIR can be written to")
     else:
-        yield "results", BAD, "LOGDIR cannot be written to by this user", True
+        yield Finding("fatal", "results", "LOGDIR cannot be written to by this user")
 
 
-def _host_checks(seen: dict[str, Any]) -> Iterator[Check]:
+def _host_checks(seen: dict[str, Any]) -> Iterator[Finding]:
     memory, disk = seen["shared_memory_gib"], seen["results_gib"]
     yield _at_least("shared memory", memory, LIMITS.shared_memory_gib, "GiB free in /dev/shm (docker: --ipc=host)")
     yield _at_least("disk", disk, LIMITS.results_gib, "GiB free under LOGDIR")
     if "error" in seen["clock"]:
         why = "a firewall, or names that resolve to an interface that the nodes do not share?"
-        yield "network", BAD, f"{seen['clock']['error']}; {why}"
+        yield Finding("error", "network", f"{seen['clock']['error']}; {why}")
     else:
         offset = seen["clock"]["offset_seconds"]
-        verdict = OK if abs(offset) <= LIMITS.clock_skew_seconds else BAD
-        yield "clock", verdict, f"{offset:+.3f} s from node 0, at most {LIMITS.clock_skew_seconds:g} allowed"
+        text = f"the clock is {offset:+.3f} s from node 0, at most {LIMITS.clock_skew_seconds:g} allowed"
+        yield _judged("clock", abs(offset) <= LIMITS.clock_skew_seconds, text)
 
 
-def _at_least(check: str, value: float | None, limit: float, what: str) -> Check:
+def _at_least(check: str, value: float | None, limit: float, what: str) -> Finding:
     if value is None:
-        return check, UNKNOWN, what
-    return check, OK if value >= limit else BAD, f"{value:.1f} {what}, at least {limit:g} needed"
+        return Finding("unknown", check, what)
+    return _judged(check, value >= limit, f"{value:.1f} {what}, at least {limit:g} needed")
 
 
-def _gpu_checks(seen: dict[str, Any], gpus: int, accelerator: str) -> Iterator[Check]:
+def _judged(check: str, good: bool, text: str) -> Finding:
+    return Finding("ok" if good else "error", check, text)
+
+
+def _gpu_checks(seen: dict[str, Any], gpus: int, accelerator: str) -> Iterator[Finding]:
     if seen["gpu"] is None:
-        yield "gpus", UNKNOWN, "nvidia-smi is absent or failed"
+        yield Finding("unknown", "gpus", "nvidia-smi is absent or failed")
         return
     devices = seen["gpu"]["gpus"]
-    yield "gpus", OK if len(devices) == gpus else BAD, f"{len(devices)} of {gpus} GPUs are visible"
+    yield _judged("gpus", len(devices) == gpus, f"{len(devices)} of {gpus} GPUs are visible")
     driver = seen["gpu"]["driver"]
     old = not driver.split(".")[0].isdigit() or int(driver.split(".")[0]) < LIMITS.driver_major
-    yield "driver", BAD if old else OK, f"driver {driver}, at least {LIMITS.driver_major} needed"
+    yield _judged("driver", not old, f"driver {driver}, at least {LIMITS.driver_major} needed")
     problems = [f"GPU {i}: {problem}" for i, device in enumerate(devices) for problem in _device_problems(device, accelerator)]
-    yield "gpu state", BAD if problems else OK, "; ".join(problems) or "memory, clocks, ECC, MIG and fabric as expected"
+    yield _judged("gpu state", not problems, "; ".join(problems) or "memory, clocks, ECC, MIG and fabric as expected")
     optional = {"application_mhz"}  # newer drivers have no application clocks
     if unread := sorted({key for device in devices for key, value in device.items() if value is None} - optional):
-        yield "gpu state", UNKNOWN, f"this driver does not report {', '.join(unread)}"
+        yield Finding("unknown", "gpu state", f"this driver does not report {', '.join(unread)}")
 
 
 def _device_problems(device: dict[str, Any], accelerator: str) -> Iterator[str]:
@@ -157,9 +151,9 @@ def _device_problems(device: dict[str, Any], accelerator: str) -> Iterator[str]:
         yield f"NVSwitch fabric state {state}, status {status}: is nvidia-fabricmanager running?"
 
 
-def _link_checks(seen: dict[str, Any], nodes: int, expected: Links | None) -> Iterator[Check]:
+def _link_checks(seen: dict[str, Any], nodes: int, expected: Links | None) -> Iterator[Finding]:
     if seen["nvlink"] is None:
-        yield "nvlink", UNKNOWN, "nvidia-smi nvlink --status reports no link"
+        yield Finding("unknown", "nvlink", "nvidia-smi nvlink --status reports no link")
     else:
         usual = statistics.mode([speed for links in seen["nvlink"] for speed in links] or [0.0])
         problems = [] if usual else ["most links are inactive"]
@@ -169,19 +163,19 @@ def _link_checks(seen: dict[str, Any], nodes: int, expected: Links | None) -> It
                 problems.append(f"GPU {gpu}: links {', '.join(slow)} are slower than the usual {usual:g} GB/s")
             if expected and len(links) < expected.nvlinks:
                 problems.append(f"GPU {gpu} has {len(links)} links of {expected.nvlinks}")
-        yield "nvlink", BAD if problems else OK, "; ".join(problems) or f"all links at {usual:g} GB/s"
+        yield _judged("nvlink", not problems, "; ".join(problems) or f"all links at {usual:g} GB/s")
     if seen["infiniband"] is None:
-        yield "infiniband", UNKNOWN, "ibstat is absent or lists no port"
+        yield Finding("unknown", "infiniband", "ibstat is absent or lists no port")
         return
     ports = [p for p in seen["infiniband"] if p.get("link layer") == "InfiniBand" and p.get("physical state") != "Disabled"]
     down = [f"{p['name']} is {p.get('state')}/{p.get('physical state')}" for p in ports if not _active(p)]
     if not ports:
-        yield "infiniband", UNKNOWN, "no InfiniBand port in use (Ethernet is not judged)"
+        yield Finding("unknown", "infiniband", "no InfiniBand port in use (Ethernet is not judged)")
     else:
-        yield "infiniband", BAD if down and nodes > 1 else OK, "; ".join(down) or f"{len(ports)} ports active"
+        yield _judged("infiniband", not down or nodes == 1, "; ".join(down) or f"{len(ports)} ports active")
 
 
-def _comparisons(probes: Sequence[dict[str, Any]], platform: str) -> Iterator[Check]:
+def _comparisons(probes: Sequence[dict[str, Any]], platform: str) -> Iterator[Finding]:
     """What must be the same on every node. Files that differ are fatal: the nodes would train on different data."""
     facts: dict[str, Any] = {"data": lambda s: s["data"].get("bytes"), "checkpoint": lambda s: s["checkpoint"]}
     facts["software"] = lambda s: ", ".join(f"{name} {version}" for name, version in s["software"].items())
@@ -193,8 +187,8 @@ def _comparisons(probes: Sequence[dict[str, Any]], platform: str) -> Iterator[Ch
         values = Counter(str(fact(seen)) for seen in probes)
         usual = values.most_common(1)[0][0] if values else "none"
         odd = [f"{seen['host']}: {fact(seen)}" for seen in probes if str(fact(seen)) != usual]
-        fatal = name in ("data", "checkpoint")
-        yield (f"same {name}", BAD, f"most: {usual}; but {'; '.join(odd)}", fatal) if odd else (f"same {name}", OK, usual)
+        level = "ok" if not odd else "fatal" if name in ("data", "checkpoint") else "error"
+        yield Finding(level, f"same {name}", f"most: {usual}; but {'; '.join(odd)}" if odd else usual)
 
 
 def _active(port: dict[str, str]) -> bool:
@@ -204,17 +198,18 @@ def _active(port: dict[str, str]) -> bool:
 def judge_allreduce(measured: float | None, nodes: int, accelerator: str) -> Finding:
     """Bus bandwidth in GB/s against the floor of this accelerator."""
     if measured is None:
-        return Finding("job", "all-reduce", BAD, "the test printed no result")
+        return Finding("error", "all-reduce", "the test printed no result", JOB)
     if not (expected := LINKS.get(accelerator)):
-        return Finding("job", "all-reduce", UNKNOWN, f"{measured:.1f} GB/s; no floor for ACCELERATOR={accelerator or 'unset'}")
+        text = f"{measured:.1f} GB/s; no floor for ACCELERATOR={accelerator or 'unset'}"
+        return Finding("unknown", "all-reduce", text, JOB)
     floor = expected.allreduce_one_node if nodes == 1 else expected.allreduce_many_nodes
     text = f"{measured:.1f} GB/s bus bandwidth, at least {floor:g} expected"
     if measured >= floor:
-        return Finding("job", "all-reduce", OK, text)
+        return Finding("ok", "all-reduce", text, JOB)
     hint = "NCCL_DEBUG=INFO names the interface taken; NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose it"
-    return Finding("job", "all-reduce", BAD, f"{text}: {hint}")
+    return Finding("error", "all-reduce", f"{text}: {hint}", JOB)
 
 
-def exit_status(findings: Sequence[Finding], mode: str) -> int:
-    """1 when a finding must stop the job: fatal ones always, others where mode is `fail`."""
-    return int(any(f.verdict == BAD and (f.fatal or mode == "fail") for f in findings))
+def stops_at(mode: str) -> str:
+    """The level of a finding that stops the job under HEALTH=off, warn or fail."""
+    return "error" if mode == "fail" else "fatal"

@@ -1,0 +1,35 @@
+"""What a config_*.sh exports: the file is sourced by bash, in a shell that holds nothing else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from fnmatch import fnmatch
+from pathlib import Path
+
+SOURCE_SECONDS = 5
+SHELL_VARIABLES = ("PWD", "OLDPWD", "SHLVL", "_", "PATH")
+
+
+def source(config: Path) -> dict[str, str]:
+    """Name and value of every variable that `source CONFIG` exports. ValueError says why there are none."""
+    if not config.is_file():
+        raise ValueError(f"{config}: no such file")
+    if not fnmatch(config.name, "config_*.sh"):  # sourcing runs it, whatever it is
+        raise ValueError(f"{config}: must be a config_*.sh")
+    command = ["bash", "--noprofile", "--norc", "-c", 'source "$1" >&2 && env -0', "bash", str(config.resolve())]
+    try:
+        done = subprocess.run(
+            command, env={"PATH": os.defpath}, stdin=subprocess.DEVNULL, capture_output=True, timeout=SOURCE_SECONDS
+        )
+        text, said = done.stdout.decode(), done.stderr.decode(errors="replace")
+    except subprocess.TimeoutExpired:
+        seconds = f"more than {SOURCE_SECONDS} s"
+        raise ValueError(f"{config}: takes {seconds}; a config exports variables and does nothing else") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{config}: exports a value that is no UTF-8 ({error.reason})") from None
+    if done.returncode != 0:
+        reason = said.strip().splitlines() or ["it prints nothing"]
+        raise ValueError(f"{config}: bash cannot source it: {reason[-1]}")
+    pairs = dict(item.split("=", 1) for item in text.split("\0") if "=" in item)
+    return {name: value for name, value in pairs.items() if name not in SHELL_VARIABLES}
