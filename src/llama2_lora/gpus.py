@@ -52,5 +52,10 @@ def accelerator_of(system: System) -> Accelerator | None:
     """The part that ACCELERATOR names, else the longest name that DGXSYSTEM contains; None where neither tells."""
     if system.accelerator:
         return ACCELERATORS.get(system.accelerator)
-    names = sorted((name for name in ACCELERATORS if name in system.name.upper()), key=len)
+    return accelerator_in(system.name)
+
+
+def accelerator_in(text: str) -> Accelerator | None:
+    """The longest name that a text contains, such as a driver's "NVIDIA GB200"."""
+    names = sorted((name for name in ACCELERATORS if name in text.upper()), key=len)
     return ACCELERATORS[names[-1]] if names else None

@@ -14,7 +14,7 @@ from typing import Any
 from llama2_lora.config import rules, schedule
 from llama2_lora.config.settings import FIXED_IN_CLOSED, Settings, value_of, variables, walltime_minutes
 from llama2_lora.findings import Finding, at_least, exit_status
-from llama2_lora.forecast import convergence
+from llama2_lora.forecast import convergence, measured
 from llama2_lora.forecast.convergence import Convergence
 from llama2_lora.forecast.memory import GB, Memory, memory_per_gpu, what_would_fit
 from llama2_lora.forecast.timing import Interval, Work, forecast
@@ -78,6 +78,7 @@ class Times:
     evaluations: float
     walltime_minutes: float
     like_published: bool  # whether published runs of this kind were there to fit
+    measured: str = ""  # the GPU on which one rank was measured; empty: a forecast from the fit alone
 
 
 @dataclass(frozen=True)
@@ -107,14 +108,19 @@ class Plan:
         return asdict(self) | {"memory": self.memory and self.memory.as_dict(), "go": self.go}
 
 
-def plan(settings: Settings) -> Plan:
-    """Everything of one config."""
+def plan(settings: Settings, rank: measured.Measured | None = None) -> Plan:
+    """Everything of one config; `rank` is what scripts/measure.py saw of one of its ranks."""
     system, rehearsal = settings.system, _rehearsal(settings)
     part = None if rehearsal else accelerator_of(system)
     reference = None if rehearsal else convergence.expected(settings.global_batch_size)
     memory = None if part is None else memory_per_gpu(settings, LLAMA2_70B, part)
+    about_rank = () if rank is None else tuple(measured.check(rank, settings, part.name if part else ""))
+    if exit_status(about_rank):
+        rank = None  # another rank's figures
+    if rank is not None and memory is not None:
+        memory = measured.memory_of(rank, memory)
     steps = _steps_needed(settings, reference)
-    times = None if part is None or steps is None else _times(settings, part, steps)
+    times = None if part is None or steps is None else _times(settings, part, steps, rank)
     kept = () if rehearsal else tuple(rule_checks(settings))
     return Plan(
         config=system.name,
@@ -131,6 +137,7 @@ def plan(settings: Settings) -> Plan:
         memory=memory,
         findings=(
             *at_least(kept, "warning"),
+            *about_rank,
             *_convergence_findings(settings, reference),
             *_memory_findings(settings, part, memory),
             *_time_findings(settings, times),
@@ -259,11 +266,11 @@ def _memory_findings(settings: Settings, part: Accelerator | None, found: Memory
         yield Finding("error", "precision", f"FP4=1: {part.name} has no FP4 units; set FP8=1 instead")
 
 
-def _times(settings: Settings, part: Accelerator, steps: float) -> Times:
+def _times(settings: Settings, part: Accelerator, steps: float, rank: measured.Measured | None) -> Times:
     gbs, trials = settings.global_batch_size, settings.system.trials
     work = Work.from_settings(settings, part)
     evaluations = (steps - settings.eval_steps.start) / settings.eval_every_steps + 1
-    found = forecast(work, steps * gbs, evaluations)
+    found = forecast(work, steps * gbs, evaluations, rank)
     run = found["run_minutes"]
     return Times(
         **found,
@@ -272,6 +279,7 @@ def _times(settings: Settings, part: Accelerator, steps: float) -> Times:
         evaluations=evaluations,
         walltime_minutes=walltime_minutes(settings.system.walltime),
         like_published=work.seen,
+        measured=rank.gpu if rank else "",
     )
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 
 from llama2_lora.config import rules
 from llama2_lora.config.settings import Settings
+from llama2_lora.forecast.measured import Measured
 from llama2_lora.gpus import Accelerator
 from llama2_lora.llama2 import LLAMA2_70B, LlamaShape
 
@@ -53,6 +54,7 @@ HELD_OUT_ERROR = {"Hopper": 0.085, "Blackwell": 0.05, "MI300X": 0.05, "MI325X": 
 EVAL_ERROR = 0.21
 UNSEEN_ERROR = 0.25  # a guess: bf16, FP4, pipelining, recomputation, offloading, other parts: no published run to fit
 UNSEEN_EFFICIENCY = 0.4
+MEASURED_ERROR = 0.10  # a guess: no run on a cluster has been compared with its measured rank
 NORMAL_90 = 1.645
 
 
@@ -136,19 +138,36 @@ def eval_seconds(work: Work, constants: Constants = FITTED) -> float:
     return rounds * constants.eval_share * forward * _straggling(work, constants) + constants.eval_fixed_seconds
 
 
+def with_neighbours(work: Work, step: float, evaluation: float | None) -> tuple[float, float]:
+    """Seconds of a step and of an evaluation on all GPUs, where one rank alone takes `step` and `evaluation` (measured.py).
+
+    CP_LAYER_SECONDS counts in full, although a part of it, the smaller kernels, is in the measured time too.
+    """
+    exposed, slower = _communication_seconds(work, FITTED), _straggling(work, FITTED)
+    whole = (step + work.minibs * exposed) * slower
+    if evaluation is None:
+        return whole, eval_seconds(work)
+    rounds = math.ceil(rules.EVAL_SEQUENCES / work.replicas)
+    return whole, (evaluation + rounds * exposed / 2) * slower  # half of the collectives are the backward's
+
+
 def error_of(work: Work) -> float:
     return HELD_OUT_ERROR[work.accelerator.family] if work.seen else UNSEEN_ERROR
 
 
-def forecast(work: Work, sequences: float, evaluations: float) -> dict[str, Interval]:
-    """Seconds of a step and of an evaluation, minutes from run_start to run_stop."""
-    error = error_of(work)
-    step, evaluation = step_seconds(work), eval_seconds(work)
+def forecast(work: Work, sequences: float, evaluations: float, measured: Measured | None = None) -> dict[str, Interval]:
+    """Seconds of a step and of an evaluation, minutes from run_start to run_stop; of the fit, or of a measured rank."""
+    if measured is None:
+        error, step, evaluation = error_of(work), step_seconds(work), eval_seconds(work)
+    else:
+        error = MEASURED_ERROR
+        step, evaluation = with_neighbours(work, measured.step_seconds, measured.eval_seconds)
+    measured_evaluation = measured is not None and measured.eval_seconds is not None
     steps = sequences / (work.minibs * work.replicas)
     minutes = (steps * step + evaluations * evaluation) / 60
     return {
         "step_seconds": Interval.around(step, error),
-        "eval_seconds": Interval.around(evaluation, max(error, EVAL_ERROR)),
+        "eval_seconds": Interval.around(evaluation, error if measured_evaluation else max(error, EVAL_ERROR)),
         "run_minutes": Interval.around(minutes, error),
     }
 
