@@ -8,22 +8,25 @@ ARG BASE=nvcr.io/nvidia/nemo:25.11
 FROM ${BASE}
 
 WORKDIR /workspace/ft-llm
-# The packages first: a change of the code does not install them anew
-COPY requirements.txt requirements-cpu.txt ./
-COPY scripts/install_image.sh scripts/setup_env.sh scripts/
-RUN scripts/install_image.sh
-COPY . .
-
-# Works for any user and on a read-only root: all that libraries cache goes to /tmp
+# Works for any user and on a read-only root: what libraries cache goes to /tmp, what the hub sends to the mounted disk (/data).
+# No source tree of the base comes before the pins (PYTHONPATH).
 ENV PATH=/opt/llama2_lora/bin:${PATH} \
     HOME=/tmp \
     XDG_CACHE_HOME=/tmp/cache \
-    HF_HOME=/tmp/cache/huggingface \
+    HF_HOME=/data/huggingface \
     MPLCONFIGDIR=/tmp/cache/matplotlib \
     NUMBA_CACHE_DIR=/tmp/cache/numba \
     TORCHINDUCTOR_CACHE_DIR=/tmp/cache/inductor \
     TRITON_CACHE_DIR=/tmp/cache/triton \
-    PYTHONDONTWRITEBYTECODE=1
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONPATH=
+
+# The packages first: a change of the code does not install them anew
+COPY requirements.txt requirements-cpu.txt ./
+COPY scripts/install_image.sh scripts/setup_env.sh scripts/
+RUN scripts/install_image.sh packages
+COPY . .
+RUN scripts/install_image.sh project
 
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="llama2_70b_lora" \

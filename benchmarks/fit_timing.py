@@ -16,11 +16,8 @@ from __future__ import annotations
 
 import csv
 import math
-import sys
 from collections import defaultdict
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from llama2_lora.forecast.timing import Constants, Work, eval_seconds, step_seconds
 from llama2_lora.gpus import ACCELERATORS

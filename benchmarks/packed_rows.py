@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The data set's way to training against the plain one: pandas rows -> list of dicts -> np.save, np.load with pickle.
 
-    python benchmarks/dataset.py [--runs 3] [--folder DIR]
+    python benchmarks/packed_rows.py [--runs 3] [--folder DIR]
 
 Parquet files of the real shape (3,901 and 173 rows of 8,192 tokens) are made up; every measurement is a process of its own,
 both ways take turns, and the best run counts. Peak memory is what the step adds to interpreter and imports. To open means
@@ -15,24 +15,19 @@ import argparse
 import multiprocessing
 import re
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import download_dataset
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llama2_lora.config import rules
-from llama2_lora.data import packed
+from llama2_lora.data import packed, prepare
 
 ROWS = {"train": rules.TRAIN_SEQUENCES, "validation": rules.EVAL_SEQUENCES}
 S = rules.SEQUENCE_LENGTH
@@ -106,7 +101,7 @@ def plain_convert(folder: Path) -> None:
 def our_convert(folder: Path) -> None:
     """The command's own function: reading, all checks, fsync, hashes and manifest included."""
     shutil.rmtree(folder / "ours", ignore_errors=True)
-    download_dataset.convert(download_dataset.read_folder(folder / "source"), folder / "ours", "made up", "none")
+    prepare.convert(prepare.read_folder(folder / "source"), folder / "ours", "made up", "none")
 
 
 def plain_open(folder: Path) -> None:
@@ -116,7 +111,7 @@ def plain_open(folder: Path) -> None:
 
 def our_open(folder: Path) -> None:
     for split, rows in ROWS.items():
-        packed.open_split(folder / "ours" / f"{split}.npy", S, download_dataset.VOCAB_SIZE, rows)[0]["input_ids"]
+        packed.open_split(folder / "ours" / f"{split}.npy", S, prepare.VOCAB_SIZE, rows)[0]["input_ids"]
 
 
 def our_map(folder: Path) -> None:

@@ -16,12 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 from tqdm import tqdm
 
 from llama2_lora.hub import client
-from llama2_lora.weights.convert import PARTIAL, convert, verify
+from llama2_lora.weights.convert import STAGING, convert, verify
 from llama2_lora.weights.formats import LAYOUTS
 from llama2_lora.weights.huggingface import BASE, open_model
 
@@ -56,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"source: {source.folder}, {source.shape.parameters():,} weights in {source.stored_dtype}")
         print(f"output: {output}, {arguments.format}, {source.dtype}, {size / 1e9:.1f} GB")
         output.mkdir(parents=True, exist_ok=True)
-        client.check_space(output, size - client.bytes_in(output / PARTIAL) if not (output / "weights").exists() else 0)
+        client.check_space(output, size - client.bytes_in(output / STAGING) if not (output / "weights").exists() else 0)
         started = time.monotonic()
         with progress("convert", size) as bar:
             new = convert(source, output, arguments.format, bar.update)

@@ -17,7 +17,6 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from llama2_lora.findings import count, exit_status, show
 from llama2_lora.node import probe, verdict
 

@@ -26,8 +26,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 from llama2_lora.config import rules
 from llama2_lora.judge.checks import judge
 from llama2_lora.judge.results import CONFIG_KEYS, Summary

@@ -19,8 +19,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 from llama2_lora.config.settings import Settings, SettingsError
 from llama2_lora.config.shell import source
 from llama2_lora.findings import Finding, at_least, count, exit_status, show

@@ -33,12 +33,25 @@ install() {
   rm -rf "${venv}"
   make_venv "${venv}"
   # The lock is complete: without resolving, pip is faster and cannot pick another version.
-  "${venv}/bin/pip" install --quiet --disable-pip-version-check --no-deps -r requirements-cpu.txt
+  "${venv}/bin/pip" install --quiet --disable-pip-version-check --no-deps -r <(grep -v '^transformer_engine==' requirements-cpu.txt)
+  # In a folder of its own, which only PLATFORM=cpu looks into: the wheel has no kernels, and where it is on the path without
+  # them, `import peft` and `import megatron.core` end in "Found empty `transformer-engine` meta package installed".
+  "${venv}/bin/pip" install --quiet --disable-pip-version-check --no-deps --target "${venv}/transformer_engine" \
+    "$(grep '^transformer_engine==' requirements-cpu.txt)"
   "${venv}/bin/pip" check --quiet --disable-pip-version-check || {
     say "error: the installed packages contradict each other; see above" >&2
     exit 1
   }
   printf '%s\n' "${key}" >"${venv}/.complete" # last: an interrupted install is made anew
+}
+
+# The project itself, editable: what runs is this tree, whatever the folder that a command is called from.
+install_project() {
+  local venv="$1"
+  [[ -f pyproject.toml && "$(cat "${venv}/.project" 2>/dev/null)" != "${PWD}" ]] || return 0
+  # setuptools is in the lock: no isolation, no network
+  "${venv}/bin/pip" install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+  printf '%s\n' "${PWD}" >"${venv}/.project"
 }
 
 lock() {
@@ -70,6 +83,7 @@ main() {
     install "${venv}" "${key}"
     say "environment ${venv} is ready"
   fi
+  install_project "${venv}"
 }
 
 main "$@"

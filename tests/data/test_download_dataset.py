@@ -123,7 +123,7 @@ def test_kill_in_the_middle_leaves_no_file_and_the_next_call_completes_it(server
         time.sleep(0.02)
     process.kill()
     process.wait()
-    assert [path.name for path in folder.iterdir()] == [".download"]
+    assert {path.name for path in folder.iterdir()} == {".download", ".lock"}
     server.pause_at.clear()
     server.go_on.set()
     server.sent.clear()

@@ -86,8 +86,6 @@ def load(checkpoint, shape, tp, pp):
     from nemo.lightning._strategy_lib import init_model_parallel
     from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
-    from llama2_lora.training.cpu import CPU_MODEL_OPTIONS, cpu_layer_spec
-
     parallel_state.destroy_model_parallel()
     config = llm.LlamaConfig(
         num_layers=shape.layers,
@@ -100,8 +98,7 @@ def load(checkpoint, shape, tp, pp):
         share_embeddings_and_output_weights=shape.tied,
         seq_length=shape.max_positions,
         vocab_size=shape.vocab,
-        transformer_layer_spec=cpu_layer_spec,
-        **CPU_MODEL_OPTIONS,
+        gradient_accumulation_fusion=False,  # needs APEX
     )
     strategy = nl.MegatronStrategy(
         tensor_model_parallel_size=tp,
@@ -130,7 +127,6 @@ def build_context(checkpoint):
     from nemo.lightning.io import load_context
 
     context = load_context(Path(checkpoint), subpath="model", build=False)
-    context.config.apply_rope_fusion = False  # its default needs Transformer Engine
     model = fiddle.build(context)
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_query_groups", "vocab_size", "params_dtype", "bf16")
     fields = {name: str(getattr(model.config, name)) for name in names}

@@ -130,7 +130,7 @@ def test_kill_in_the_middle_leaves_no_checkpoint_and_the_next_call_goes_on(serve
         time.sleep(0.05)
     process.kill()
     process.wait()
-    assert [path.name for path in (tmp_path / "model").iterdir()] == [".download"]
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {".download", ".lock"}
     server.pause_at.clear()
     server.go_on.set()
     server.sent.clear()

@@ -1,16 +1,16 @@
-"""The CPU platform: a pretended CUDA device that ends with its context, and layers that refuse what they do not compute.
-
-That its layers compute the right thing is in test_convert_model.py (logits) and test_parallel.py (training).
-"""
+"""The CPU platform: a pretended CUDA device that ends with its context, and Transformer Engine, which others do not see."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from llama2_lora.training.cpu import cpu_layer_spec, cpu_platform, device
+from helpers import ROOT
+from helpers.training_runs import clean_environment
+from llama2_lora.training.cpu import cpu_platform, device, extension, platform
 
 
 def test_requests_for_a_cuda_device_get_the_cpu() -> None:
@@ -32,7 +32,9 @@ def test_the_device_generator_is_the_cpus() -> None:
 
 
 def test_everything_is_as_before_afterwards() -> None:
-    names = [(owner, name) for owner, name, _ in device._stand_ins()]
+    names = [
+        (owner, name) for stand_ins in (device.stand_ins(device.HOPPER), extension.stand_ins()) for owner, name, _ in stand_ins
+    ]
     before = [getattr(owner, name) for owner, name in names]
     with pytest.raises(KeyError), cpu_platform():
         raise KeyError("a run that fails")
@@ -49,15 +51,32 @@ def test_a_visible_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_library_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "version", lambda package: "9.9.9")
+    monkeypatch.setattr(platform, "version", lambda package: "9.9.9")
     with pytest.raises(RuntimeError, match=r"nemo_toolkit is 9\.9\.9"), cpu_platform():
         pass
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"), [({"normalization": "LayerNorm"}, "RMSNorm only"), ({"attention_dropout": 0.1}, "set it to 0")]
-)
-def test_layers_refuse_what_they_do_not_compute(changes: dict, expected: str) -> None:
-    config = SimpleNamespace(**({"normalization": "RMSNorm", "attention_dropout": 0.0} | changes))
-    with pytest.raises(ValueError, match=expected):
-        cpu_layer_spec(config)
+def test_a_call_without_a_kernel_raises_with_its_name() -> None:
+    import transformer_engine_torch as tex
+
+    with pytest.raises(NotImplementedError, match=r"transformer_engine_torch\.layernorm_fwd: has no CPU kernel"):
+        tex.layernorm_fwd(torch.ones(2))
+    with pytest.raises(NotImplementedError, match=r"transformer_engine_torch\.moe_permute_fwd"):
+        tex.moe_permute_fwd()
+
+
+def test_megatron_without_transformer_engine_is_refused() -> None:
+    done = python("import megatron.core.utils, llama2_lora.training.cpu as c; c.cpu_platform().__enter__()")
+    assert "megatron.core was imported before Transformer Engine" in done.stderr
+
+
+@pytest.mark.parametrize("package", ["peft", "megatron.core", "transformers", "accelerate"])
+def test_packages_that_know_transformer_engine_do_not_see_it(package: str) -> None:
+    """Its wheel lies outside site-packages: on the path without kernels it breaks `import peft`."""
+    done = python(f"import {package}, importlib.util as u; assert u.find_spec('transformer_engine') is None")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    environment = clean_environment(PYTHONPATH=f"{ROOT}/src", PYTHONWARNINGS="ignore")
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

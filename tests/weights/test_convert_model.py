@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import shutil
@@ -17,7 +16,6 @@ import numpy as np
 import pytest
 
 from helpers import ROOT
-from helpers.fake_cuda import cuda_home
 from helpers.hub_server import TOKEN, HubServer
 from helpers.nemo_model import launch
 from helpers.tiny_llama import TINY, hf_config, save, weights, write_llama
@@ -131,16 +129,14 @@ def test_shards_and_bin_files_give_the_same_weights(models, tmp_path):
             )
 
 
-@pytest.mark.te
-@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed")
 @pytest.mark.parametrize("format", FORMATS)
 def test_transformer_engine_layers_load_it(tmp_path, format):
-    """On a CPU such layers can be built and filled, if not run: every key is found, every parameter is the source's."""
+    """Every key is found, every parameter is the source's."""
     shape = dataclasses.replace(TINY, layers=2, hidden=64, ffn=96)
     source = HFModel(write_llama(tmp_path / "hf", shape))
     convert(source, tmp_path / "out", format)
     tests = SCRIPT.parents[1] / "tests"
-    environment = os.environ | cuda_home() | {"PYTHONPATH": f"{tests}:{tests.parent / 'src'}", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent / 'src'}"}
     command = [sys.executable, tests / "helpers/nemo_te.py", tmp_path / "out", tmp_path / "loaded.npz"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

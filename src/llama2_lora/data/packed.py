@@ -13,7 +13,6 @@ that `aligned_mask` makes at reading time.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,25 +87,16 @@ def write_split(path: Path, ids_NS: np.ndarray, mask_NS: np.ndarray) -> None:
 
 def write_chunks(path: Path, rows: int, sequence_length: int, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
     """write_split for (input_ids_NS, loss_mask_NS) chunks that together have `rows` rows; holds one chunk at a time."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = files.partial_name(path)
     dtype = row_dtype(sequence_length)
     written = 0
-    try:
-        with partial.open("wb") as file:
-            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)}
-            np.lib.format.write_array_header_1_0(file, header)
-            for ids_NS, mask_NS in chunks:
-                file.write(_records(ids_NS, mask_NS, dtype))
-                written += len(ids_NS)
-            if written != rows:
-                raise ValueError(f"{path.name}: {written} rows came, {rows} were announced")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with files.new_file(path) as file:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for ids_NS, mask_NS in chunks:
+            file.write(_records(ids_NS, mask_NS, dtype))
+            written += len(ids_NS)
+        if written != rows:
+            raise ValueError(f"{Path(path).name}: {written} rows came, {rows} were announced")
 
 
 def write_manifest(directory: Path, sequence_length: int, vocab_size: int, source: str, revision: str) -> dict[str, Any]:
@@ -126,9 +116,8 @@ def write_manifest(directory: Path, sequence_length: int, vocab_size: int, sourc
         "revision": revision,
         "files": entries,
     }
-    partial = files.partial_name(directory / MANIFEST)
-    partial.write_text(json.dumps(manifest, indent=2) + "\n")
-    partial.replace(directory / MANIFEST)
+    with files.new_file(directory / MANIFEST) as file:
+        file.write(json.dumps(manifest, indent=2).encode() + b"\n")
     return manifest
 
 

@@ -84,14 +84,8 @@ def write_pickle(path: Path, records_N: np.ndarray) -> None:
         {"input_ids": record["input_ids"].astype(np.int32), "loss_mask": record["loss_mask"].tolist(), "seq_start_id": [0]}
         for record in records_N
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = files.partial_name(path)
-    try:
-        with partial.open("wb") as file:
-            np.save(file, np.array(samples, dtype=object), allow_pickle=True)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with files.new_file(path) as file:
+        np.save(file, np.array(samples, dtype=object), allow_pickle=True)
 
 
 def _read_file(path: Path, sequence_length: int) -> Iterator[Chunk]:

@@ -24,12 +24,16 @@ class SplitFile(NamedTuple):
     path: str  # of the whole file
     pieces: list[RemoteFile]  # in order
 
+    @property
+    def bytes(self) -> int:
+        return self._ends()[-1]
+
     def copies(self, folder: Path) -> list[Copy]:
         """Where in `folder` each piece is to be found: in the (partly) joined file, else on its own."""
         whole, joining = folder / self.path, self._joining(folder)
         joined = whole if whole.exists() else joining
         joined_bytes = joined.stat().st_size if joined.exists() else 0
-        if joined_bytes > self._ends()[-1]:
+        if joined_bytes > self.bytes:
             return [Copy(piece, joined) for piece in self.pieces]  # of none of them the right size
         return [
             Copy(piece, joined, end - piece.bytes) if end <= joined_bytes else Copy(piece, folder / piece.path)

@@ -1,6 +1,6 @@
 """Three charts of a result as inline SVG: loss over the published envelope, throughput over time, where the time went.
 
-Colours are CSS classes of report.py's page, so that the page's light and dark scheme hold. Hovering names the run.
+Colours are CSS classes of page.py, so that its light and dark scheme and paper hold. Hovering a point gives its values.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from llama2_lora.config import rules
-from llama2_lora.judge.published import envelope
+from llama2_lora.judge.published import EnvelopeRow, envelope, label
 from llama2_lora.judge.results import Result
 from llama2_lora.judge.run import Run
 
-WIDTH, HEIGHT = 460, 300
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 44
+WIDTH, HEIGHT = 420, 300
+LEFT, RIGHT, TOP, BOTTOM = 58, 46, 14, 44
 BAR_PIXELS = 18  # per run in the time chart
+MOST_NAMED_BARS = 40
 Point = tuple[float, float]
 
 
@@ -42,10 +43,15 @@ class Axes:
         y = self.height - BOTTOM - (point[1] - self.y[0]) / (self.y[1] - self.y[0]) * (self.height - TOP - BOTTOM)
         return f"{x:.1f},{y:.1f}"
 
-    def line(self, points: Sequence[Point], style: str, title: str = "", dots: bool = False) -> None:
+    def line(self, points: Sequence[Point], style: str, title: str = "") -> None:
         path = " ".join(map(self.at, points))
-        marks = "".join(self._dot(p) for p in points) if dots else ""
-        self.parts.append(f'<g class="{style}">{_title(title)}<polyline points="{path}"/>{marks}</g>')
+        self.parts.append(f'<g class="{style}">{_title(title)}<polyline points="{path}"/></g>')
+
+    def run(self, pieces: Sequence[Sequence[Point]], style: str, title: str, dots: Sequence[tuple[Point, str]]) -> None:
+        """A run's line in one or more pieces, and its points, each with its own words when hovered."""
+        lines = "".join(f'<polyline points="{" ".join(map(self.at, piece))}"/>' for piece in pieces)
+        marks = "".join(self._dot(point, words) for point, words in dots)
+        self.parts.append(f'<g class="{style}">{_title(title)}{lines}{marks}</g>')
 
     def area(self, points: Sequence[Point], style: str, title: str) -> None:
         path = " ".join(map(self.at, points))
@@ -64,14 +70,15 @@ class Axes:
         middle = (TOP + self.height - BOTTOM) / 2
         names = (
             f'<text class="mid" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{self.height - 6}">{self.labels[0]}</text>'
-            f'<text class="mid" transform="translate(12 {middle}) rotate(-90)">{self.labels[1]}</text>'
+            f'<text class="mid" transform="translate(13 {middle}) rotate(-90)">{self.labels[1]}</text>'
         )
         size = f'viewBox="0 0 {WIDTH} {self.height}" role="img" aria-label="{escape(name)}"'
         return f'<svg class="chart" {size}>{"".join(grid)}{"".join(self.parts)}{names}</svg>'
 
-    def _dot(self, point: Point) -> str:
+    def _dot(self, point: Point, words: str) -> str:
         x, y = self.at(point).split(",")
-        return f'<circle cx="{x}" cy="{y}" r="2.5"/>'
+        target = f'<circle class="hover" cx="{x}" cy="{y}" r="7"/>'  # a finger is wider than a point
+        return f'<g>{_title(words)}<circle cx="{x}" cy="{y}" r="2.5"/>{target}</g>'
 
     def _x_mark(self, value: float) -> str:
         x = self.at((value, self.y[0])).split(",")[0]
@@ -89,8 +96,23 @@ def _title(words: str) -> str:
     return f"<title>{escape(words)}</title>" if words else ""
 
 
-def _style(run: Run) -> str:
-    return "run" if run.converged else "run bad"
+def extremes(result: Result) -> dict[int, str]:
+    """The fastest and the slowest of the runs that converged, by id: best and worst."""
+    converged = sorted((run for run in result.runs if run.converged), key=lambda run: run.train_minutes or 0.0)
+    return {id(converged[-1]): "worst", id(converged[0]): "best"} if len(converged) > 1 else {}
+
+
+def _style(run: Run, marked: dict[int, str]) -> str:
+    return " ".join(["run", *([] if run.converged else ["bad"]), *([marked[id(run)]] if id(run) in marked else [])])
+
+
+def _name(run: Run, marked: dict[int, str]) -> str:
+    return run.path.name + (f" ({marked[id(run)]})" if id(run) in marked else "")
+
+
+def _on_top(runs: Iterable[Run], marked: dict[int, str]) -> list[Run]:
+    """The marked runs are drawn last."""
+    return sorted(runs, key=lambda run: id(run) in marked)
 
 
 def _range(values: Iterable[float], margin: float = 0.04) -> Point:
@@ -101,11 +123,11 @@ def _range(values: Iterable[float], margin: float = 0.04) -> Point:
 
 
 def loss_chart(result: Result) -> str:
-    """Evaluation loss against training sequences, over what was published for this GBS."""
-    published = envelope(result.config.get("global_batch_size"))
+    """Evaluation loss against training sequences, over what was published for this GBS and precision."""
     points = [point for run in result.runs for point in run.evaluations]
     if not points:
         return ""
+    published = [] if any(run.rehearsal for run in result.runs) else envelope(result.gbs, result.precision)
     usual = next((row.sequences for row in published if row.share_converged >= 0.5), 0)
     end = max(usual, *(s * 1.1 for s, _ in points))
     published = [row for row in published if row.sequences <= end]
@@ -114,17 +136,31 @@ def loss_chart(result: Result) -> str:
     sequences = [s for s, _ in points] + [row.sequences for row in published]
     axes = Axes(_range(sequences), _range(losses), ("training sequences", "evaluation loss (nats)"))
     if published:
-        low = [(row.sequences, row.p05) for row in published]
-        high = [(row.sequences, row.p95) for row in reversed(published)]
-        axes.area(low + high, "band", f"published 70B runs, GBS {published[0].gbs}: 5% to 95%")
-        axes.line([(row.sequences, row.median) for row in published], "median", "median of the published 70B runs")
-    axes.line([(axes.x[0], rules.TARGET_LOSS), (axes.x[1], rules.TARGET_LOSS)], "target")
-    axes.text((axes.x[0], rules.TARGET_LOSS), f"target {rules.TARGET_LOSS}", "small", (4, 12))
-    for run in result.runs:
+        _draw_envelope(axes, published)
+    axes.line([(axes.x[0], rules.TARGET_LOSS), (axes.x[1], rules.TARGET_LOSS)], "target", f"target {rules.TARGET_LOSS}")
+    axes.text((axes.x[1], rules.TARGET_LOSS), f"{rules.TARGET_LOSS}", "goal", (4, 4))  # in the margin, where no curve is
+    marked = extremes(result)
+    for run in _on_top(result.runs, marked):
         if run.evaluations:
-            title = f"{run.path.name}, seed {run.seed}: {run.evaluations[-1][1]:.4f} at {run.evaluations[-1][0]:,}"
-            axes.line([(s, loss) for s, loss in run.evaluations], _style(run), title, dots=True)
+            name = f"{_name(run, marked)}, seed {run.seed}"
+            dots = [((s, loss), f"{name}: {loss:.4f} at {s:,} sequences") for s, loss in run.evaluations]
+            axes.run([list(run.evaluations)], _style(run, marked), name, dots)
     return axes.svg("evaluation loss against training sequences", lambda v: f"{v:.3g}")
+
+
+def _draw_envelope(axes: Axes, rows: list[EnvelopeRow]) -> None:
+    """Band and median; dashed and without a band where runs have stopped, or kept another schedule."""
+    whole = [row for row in rows if row.whole]
+    words = label(rows)
+    if len(whole) > 1:
+        low = [(row.sequences, row.p05) for row in whole]
+        high = [(row.sequences, row.p95) for row in reversed(whole)]
+        axes.area(low + high, "band", f"{words}: 5% to 95%")
+        axes.line([(row.sequences, row.median) for row in whole], "median", f"median of {words}")
+    rest = rows[max(0, len(whole) - 1) :]
+    if len(rest) > 1:
+        why = f"of those still running: {rest[-1].running} of {rest[-1].runs} at {rest[-1].sequences:,}"
+        axes.line([(row.sequences, row.median) for row in rest], "median rest", f"median of {words}, {why}")
 
 
 def throughput_chart(result: Result) -> str:
@@ -132,13 +168,18 @@ def throughput_chart(result: Result) -> str:
     runs = [run for run in result.runs if run.blocks]
     if not runs:
         return ""
-    speeds = [count / seconds for run in runs for _, seconds, count in run.blocks]
-    end = max(stop for run in runs for stop, _, _ in run.blocks) / 60
-    axes = Axes((0, end or 1), (0, max(speeds) * 1.08), ("minutes since run_start", "training sequences/s"))
-    for run in runs:
-        steps = [((stop - back) / 60, count / seconds) for stop, seconds, count in run.blocks for back in (seconds, 0.0)]
-        axes.line(steps, _style(run), f"{run.path.name}: {run.samples_per_second:.2f} sequences/s")
-    return axes.svg("throughput over time", lambda v: f"{v:g}")
+    speeds = [block.sequences / block.seconds for run in runs for block in run.blocks]
+    end = max(block.end for run in runs for block in run.blocks) / 60
+    axes = Axes((0, end or 1), _range(speeds, 0.08), ("minutes since run_start", "training sequences/s"))
+    marked = extremes(result)
+    for run in _on_top(runs, marked):
+        pieces, dots = [], []
+        for block in run.blocks:
+            speed, start, stop = block.sequences / block.seconds, (block.end - block.seconds) / 60, block.end / 60
+            pieces.append([(start, speed), (stop, speed)])
+            dots.append((((start + stop) / 2, speed), f"{_name(run, marked)}: {speed:.4g} sequences/s until {stop:.2f} min"))
+        axes.run(pieces, _style(run, marked), f"{_name(run, marked)}: {run.samples_per_second:.4g} sequences/s", dots)
+    return axes.svg("throughput over time", lambda v: f"{v:.4g}")
 
 
 def time_chart(result: Result) -> str:
@@ -148,15 +189,24 @@ def time_chart(result: Result) -> str:
         return ""
     height = TOP + BOTTOM + BAR_PIXELS * len(runs)
     totals = [(run.init_minutes or 0) + (run.train_minutes or 0) for run in runs]
-    axes = Axes((0, max(totals) or 1), (len(runs), 0), ("minutes", "runs"), height)
+    axes = Axes((0, max(totals) or 1), (len(runs), 0), ("minutes", ""), height)
+    marked = extremes(result)
     for index, run in enumerate(runs):
         start = 0.0
         for kind, minutes in time_split(run).items():
             corners = [(start, index + 0.1), (start + minutes, index + 0.1)]
             corners += [(start + minutes, index + 0.9), (start, index + 0.9)]
-            axes.area(corners, f"time {kind}", f"{run.path.name}: {kind} {minutes:.2f} minutes")
+            axes.area(corners, f"time {kind}", f"{_name(run, marked)}: {kind} {minutes:.2f} minutes")
             start += minutes
+        if len(runs) <= MOST_NAMED_BARS:
+            words, style = marked.get(id(run), _short(run.path.stem)), f"end small {marked.get(id(run), '')}"
+            axes.text((0, index + 0.5), words, style, (-5, 4))
     return axes.svg("time split", None)
+
+
+def _short(stem: str, most: int = 7) -> str:
+    """The end of a name, which tells runs apart."""
+    return stem if len(stem) <= most else "…" + stem[1 - most :]
 
 
 def time_split(run: Run) -> dict[str, float]:

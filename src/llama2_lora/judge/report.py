@@ -1,15 +1,18 @@
-"""A summary in words: the cells of the table, and one HTML page that needs nothing but a browser."""
+"""A summary in words: the cells of the table, the lines around it, and findings by system and kind."""
 
 from __future__ import annotations
 
-from html import escape
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from llama2_lora.config import schedule
-from llama2_lora.judge.charts import loss_chart, throughput_chart, time_chart
-from llama2_lora.judge.published import envelope
-from llama2_lora.judge.results import Result, Summary
-from llama2_lora.judge.run import Finding, Run, figures
+from llama2_lora.findings import LEVELS, Finding
+from llama2_lora.forecast.cost import Cost, Rates, cost
+from llama2_lora.judge.results import Result, Summary, total
+from llama2_lora.judge.run import Run, figures
 
 COLUMNS = {  # heading -> figure, format
     "run": ("run", "{}"),
@@ -18,18 +21,21 @@ COLUMNS = {  # heading -> figure, format
     "evals": ("evaluations", "{}"),
     "loss": ("final_loss", "{:.4f}"),
     "sequences": ("sequences_to_converge", "{:,}"),
-    "seq/s": ("samples_per_second", "{:.2f}"),
-    "s/step": ("step_seconds", "{:.3f}"),
+    "seq/s": ("samples_per_second", "{:.4g}"),
+    "s/step": ("step_seconds", "{:.4g}"),
     "MFU": ("mfu", "{:.1%}"),
     "eval": ("eval_share", "{:.1%}"),
     "init min": ("init_minutes", "{:.1f}"),
+    "kW": ("mean_kilowatts", "{:.3g}"),
+    "kWh": ("energy_kwh", "{:.3g}"),
     "seed": ("seed", "{}"),
     "rules": ("complied", "{}"),
     "vs published": ("loss_minus_published_median", "{:+.4f}"),
 }
 COLUMN_NOTES = (
-    "minutes: run_start to run_stop, what is scored. seq/s, s/step and MFU: training without evaluation. eval: its share "
-    "of the minutes. vs published: mean difference of the evaluation losses to the published median, nats."
+    "minutes: run_start to run_stop, what is scored. seq/s, s/step and MFU: training without evaluation; MFU against the bf16 "
+    "peak. eval: its share of the minutes. kW, kWh: mean power of all nodes, and energy to target. vs published: mean "
+    "difference of the evaluation losses to the published median, nats, while at least 95% of those runs were still running."
 )
 CONFIG_LABELS = {
     "submission_platform": "",
@@ -38,6 +44,8 @@ CONFIG_LABELS = {
     "opt_base_learning_rate": "LR ",
     "opt_learning_rate_training_steps": "steps ",
 }
+NO_RATES = Rates()
+NUMBER = re.compile(r"\d[\d.,e+-]*")
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -46,9 +54,20 @@ def cells(row: dict[str, Any]) -> list[str]:
     return ["-" if row[name] is None else form.format(row[name]) for name, form in COLUMNS.values()]
 
 
+def table(result: Result, peak_tflops: float | None = None) -> tuple[list[str], list[list[str]]]:
+    """Headings and a row per run, without the columns that no run fills."""
+    rows = [cells(figures(run, peak_tflops)) for run in result.runs]
+    kept = [i for i, _ in enumerate(COLUMNS) if any(row[i] != "-" for row in rows)]
+    return [list(COLUMNS)[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
 def config_line(result: Result) -> str:
     config = result.config
-    return ", ".join(f"{label}{config[key]}" for key, label in CONFIG_LABELS.items() if key in config)
+    parts = [f"{label}{config[key]}" for key, label in CONFIG_LABELS.items() if key in config]
+    run = result.runs[0]
+    parts += [result.precision] if result.precision else []
+    parts += [" ".join(f"{name}{size}" for name, size in run.parallelism.items())] if run.parallelism else []
+    return ", ".join(parts)
 
 
 def score_line(result: Result) -> str:
@@ -61,6 +80,23 @@ def score_line(result: Result) -> str:
         limits = f"reference {score.reference_sequences:,.0f}, bound {score.bound_sequences:,.0f}"
         parts.append(f"{score.sequences:,.0f} sequences on average, {limits}")
     return f"score: {score.minutes:.3f} minutes ({'; '.join(parts)})"
+
+
+def result_cost(result: Result, rates: Rates) -> Cost | None:
+    """Of all runs; None where the number of GPUs is not known. An energy counts where each run's power was measured."""
+    hours = total(run.gpu_hours for run in result.runs)
+    measured = [run.energy_kwh for run in result.runs]
+    return None if hours is None else cost(hours, rates, None if None in measured else total(measured))
+
+
+def cost_line(result: Result, rates: Rates) -> str:
+    """Empty where nothing is known."""
+    found = result_cost(result, rates)
+    if found is None:
+        return ""
+    power = [run.power.mean_watts for run in result.runs if run.power]
+    drawn = f"; {sum(power) / len(power) / 1e3:.3g} kW on average (measured)" if power else ""
+    return f"cost: {found} for {len(result.runs)} runs with their init{drawn}"
 
 
 def progress_line(run: Run) -> str:
@@ -88,95 +124,96 @@ def verdict_line(summary: Summary) -> str:
     return f"{count} run{'s' * (count != 1)}, rules {summary.ruleset}: {said if count else 'nothing to judge'}"
 
 
-def compliance_findings(summary: Summary, most: int | None = None) -> list[Finding]:
-    """The official checker's objections as findings, the first line of each; at most `most` per run."""
-    found = []
-    for run in summary.runs:
-        for message in run.compliance[:most]:
-            text = "compliance checker: " + message.splitlines()[0]
-            found.append(Finding("error", "compliance", text, str(run.path)))
-        if most is not None and len(run.compliance) > most:
-            text = f"compliance checker: {len(run.compliance) - most} more (--json has them all)"
-            found.append(Finding("error", "compliance", text, str(run.path)))
-    return found
+# ---- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def page(summary: Summary, peak_tflops: float | None = None) -> str:
-    """The whole page: styles, charts and text are inside it."""
-    findings = compliance_findings(summary) + summary.all_findings()
-    good = "good" if summary.ok else "bad"
-    body = [
-        f"<h1>llama2_70b_lora: {escape(str(summary.folder))}</h1>",
-        f'<p id="verdict" class="{good}">{escape(verdict_line(summary))}</p>',
-        '<ul id="findings">' + "".join(map(_item, findings)) + "</ul>",
-        *(_section(result, peak_tflops) for result in summary.results),
-    ]
-    return _PAGE.format(style=_STYLE, body="\n".join(body))
-
-
-def _item(finding: Finding) -> str:
-    where = f" <code>{escape(finding.where)}</code>" if finding.where else ""
-    return f'<li class="{finding.level}"><b>{finding.level}</b>{where} {escape(finding.text)}</li>'
-
-
-def _section(result: Result, peak_tflops: float | None) -> str:
-    gbs = result.config.get("global_batch_size")
-    over = f' over <span class="key eval">published 70B runs, GBS {gbs}</span> (median, 5% to 95%)' if envelope(gbs) else ""
-    legend = " ".join(f'<span class="key {kind}">{kind}</span>' for kind in ("init", "train", "eval"))
-    charts = {
-        f"Evaluation loss{over}": loss_chart(result),
-        "Training throughput": throughput_chart(result),
-        f"Time split {legend}": time_chart(result),
+def as_dict(summary: Summary, peak_tflops: float | None = None, rates: Rates = NO_RATES) -> dict[str, Any]:
+    """Everything, ready for JSON: all findings, and the groups of them that the terminal shows."""
+    whole = {
+        "folder": str(summary.folder),
+        "ruleset": summary.ruleset,
+        "ok": summary.ok,
+        "results": [_result_dict(result, peak_tflops, rates) for result in summary.results],
+        "findings": [vars(f) for f in summary.all_findings()],
+        "finding_groups": [
+            vars(group.finding) | {"result": group.result and group.result.name, "runs": group.runs}
+            for group in grouped(summary)
+        ],
     }
-    drawn = "".join(f"<figure><figcaption>{title}</figcaption>{svg}</figure>" for title, svg in charts.items() if svg)
-    return (
-        f"<section><h2>{escape(result.name)}</h2><p>{escape(config_line(result))}</p>"
-        f'<p class="score">{escape(score_line(result))}</p><div class="charts">{drawn}</div>'
-        f'<div class="wide">{_table(result, peak_tflops)}</div><p class="small">{COLUMN_NOTES}</p></section>'
-    )
+    return _strict(whole)
 
 
-def _table(result: Result, peak_tflops: float | None) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
-    rows = []
-    for run in result.runs:
-        style = "" if run.complied and run.converged else ' class="bad"'
-        texts = cells(figures(run, peak_tflops))
-        rows.append(f"<tr{style}>" + "".join(f"<td>{escape(text)}</td>" for text in texts) + "</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinity; a log's values may."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-_STYLE = """
-:root { --ink: #1d2733; --soft: #5b6877; --paper: #fff; --line: #dde3ea; --run: #1f6fb4; --bad: #c0392b;
-  --band: #e8b04a; --good: #1e7d46; --init: #a9b4c0; --eval: #e09f3e; color-scheme: light dark }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6ebf0; --soft: #9aa7b5; --paper: #14191f; --line: #2c353f;
-  --run: #6db3f2; --bad: #ff7a6b; --good: #63c98a; --init: #66727f } }
-body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1240px;
-  margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.35rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-#verdict { font-weight: 600; padding: .5rem .8rem; border-left: 4px solid } .good { color: var(--good) }
-.bad, .error b { color: var(--bad) } .score { font-weight: 600 } .small { color: var(--soft); font-size: .85rem }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 1rem }
-figure { margin: 0 } figcaption { color: var(--soft) } svg.chart { width: 100%; height: auto }
-svg text { font-size: 12px; fill: var(--soft) } svg .mid { text-anchor: middle } svg .end { text-anchor: end }
-svg .small { font-size: 11px } svg polyline { fill: none } .grid { stroke: var(--line) }
-.run polyline { stroke: var(--run); stroke-width: 1.6; opacity: .75 } .run circle { fill: var(--run) }
-.run.bad polyline { stroke: var(--bad) } .run.bad circle { fill: var(--bad) }
-.run:hover polyline { stroke-width: 4; opacity: 1 } .band { fill: var(--band); opacity: .25 }
-.median polyline { stroke: var(--band); stroke-width: 2 } .target polyline { stroke: var(--good); stroke-dasharray: 5 4 }
-.init { fill: var(--init); background: var(--init) } .train { fill: var(--run); background: var(--run) }
-.eval { fill: var(--eval); background: var(--eval) }
-.key { color: #111; padding: 0 .4rem; border-radius: 3px; font-size: .8rem }
-.wide { overflow-x: auto } table { border-collapse: collapse; white-space: nowrap; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line) }
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left }
-#findings { padding-left: 1.1rem } #findings li { margin: .25rem 0; overflow-wrap: anywhere }
-"""
+def _result_dict(result: Result, peak_tflops: float | None, rates: Rates) -> dict[str, Any]:
+    runs = [
+        {
+            **figures(run, peak_tflops),
+            "losses": run.evaluations,
+            "compliance_messages": run.compliance,
+            "file": str(run.path),
+        }
+        for run in result.runs
+    ]
+    found = result_cost(result, rates)
+    return {
+        "name": result.name,
+        "system": result.title,
+        "ok": result.ok,
+        "config": result.config,
+        "score": vars(result.score),
+        "cost": None if found is None else asdict(found),
+        "runs": runs,
+    }
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>llama2_70b_lora runs</title><style>{style}</style></head>
-<body>
-{body}
-</body></html>
-"""
+
+# ---- Findings by system and kind -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """Findings of one kind in one result: the first of them, and in how many of its runs."""
+
+    first: Finding
+    result: Result | None
+    runs: int
+
+    @property
+    def finding(self) -> Finding:
+        """The first one, as said of the whole group."""
+        f = self.first
+        if self.result is None or self.runs < 2:
+            return f
+        text = f"{self.runs} of {len(self.result.runs)} runs: {f.text} (first: {f.where})"
+        return Finding(f.level, f.code, text, self.result.name)
+
+
+def grouped(summary: Summary) -> list[Group]:
+    """Errors first; within a level by result."""
+    found = [Group(finding, None, 0) for finding in summary.findings]
+    for result in summary.results:
+        found += _groups(result, [(finding, None) for finding in result.findings])
+        each = [(finding, run) for run in result.runs for finding in (*_objections(run), *run.findings)]
+        found += _groups(result, each)
+    return sorted(found, key=lambda group: LEVELS.index(group.first.level))
+
+
+def _groups(result: Result, findings: Iterable[tuple[Finding, Run | None]]) -> list[Group]:
+    kinds: dict[tuple[str, str, str], list[tuple[Finding, Run | None]]] = {}
+    for finding, run in findings:
+        kind = "" if finding.code == "damaged line" else NUMBER.sub("#", finding.text)
+        kinds.setdefault((finding.level, finding.code, kind), []).append((finding, run))
+    return [Group(same[0][0], result, len({id(run) for _, run in same} if same[0][1] else same)) for same in kinds.values()]
+
+
+def _objections(run: Run) -> list[Finding]:
+    """The official checker's, the first line of each."""
+    lines = [f"compliance checker: {message.splitlines()[0]}" for message in run.compliance]
+    return [Finding("error", "compliance", text, str(run.path)) for text in lines]

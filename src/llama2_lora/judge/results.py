@@ -1,50 +1,40 @@
-"""Folders of logs -> results: the runs of one folder with one config, and their score."""
+"""Folders of logs -> results: which files are runs, and which runs belong together."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import math
+import os
 import re
-import tempfile
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llama2_lora.config import rules
-from llama2_lora.forecast import convergence
-from llama2_lora.gpus import ACCELERATORS
-from llama2_lora.judge.run import Finding, Run, System, figures
-from llama2_lora.judge.runlog import cached_rules, quiet_mlperf, read_log
+from llama2_lora.findings import Finding, worst_first
+from llama2_lora.judge.official import Score
+from llama2_lora.judge.power import in_power_folder, is_power_log, power_of, read_power
+from llama2_lora.judge.run import Run
+from llama2_lora.judge.runlog import RunLog, read_log
+from llama2_lora.judge.systems import find_system
 
-CONFIG_KEYS = (
-    *("submission_platform", "submission_org", "submission_division", "global_batch_size", "gradient_accumulation_steps"),
+# Runs that differ in one of these are not of one result (§2.2, §9.1)
+HYPERPARAMETERS = (
+    *("submission_division", "global_batch_size", "gradient_accumulation_steps"),
     *("opt_base_learning_rate", "opt_learning_rate_training_steps", "opt_learning_rate_warmup_factor"),
-    *("opt_adamw_weight_decay", "opt_gradient_clip_norm", "lora_rank", "lora_alpha", "config_filename"),
+    *("opt_adamw_weight_decay", "opt_gradient_clip_norm", "lora_rank", "lora_alpha"),
     *("micro_batch_size", "tensor_parallelism", "pipeline_parallelism", "context_parallelism"),
 )
-
-
-@dataclass
-class Score:
-    """What the runs of a result are worth. `minutes` is None where there is no score; `reason` says why."""
-
-    minutes: float | None = None
-    olympic_minutes: float | None = None
-    scaling: float | None = None
-    rcp: str = ""  # the RCP checker's message
-    rcp_passed: bool | None = None
-    sequences: float | None = None  # olympic mean to converge
-    reference_sequences: float | None = None  # below this a result is scaled up to it
-    bound_sequences: float | None = None  # below this it fails
-    reason: str = ""
+NAMES = ("submission_platform", "submission_org", "submission_status", "config_filename")
+CONFIG_KEYS = (*NAMES, *HYPERPARAMETERS)
+NOT_A_LOG = re.compile(r"_checker|compliance|allreduce|requirements.*\.txt|readme", re.IGNORECASE)
+DATESTAMP = re.compile(r"(\d{6}\w*)_\d+\.log")  # run.sub's <DATESTAMP>_<trial>.log
+MOST_NAMED = 5  # files in one finding
 
 
 @dataclass
 class Result:
-    """Runs of one folder with one config."""
+    """Runs of one job or one folder with one set of hyperparameters."""
 
     name: str
     runs: list[Run] = field(default_factory=list)
@@ -56,13 +46,37 @@ class Result:
     def ok(self) -> bool:
         return all(run.complied and run.converged for run in self.runs) and not any(f.level == "error" for f in self.findings)
 
+    @property
+    def title(self) -> str:
+        """The system's name, else the folder's."""
+        return next((run.system.name for run in self.runs if run.system.name), "") or self.name
+
+    @property
+    def gbs(self) -> int | None:
+        return next((run.gbs for run in self.runs if run.gbs), None)
+
+    @property
+    def precision(self) -> str | None:
+        """That of most runs."""
+        return Counter(run.precision for run in self.runs).most_common(1)[0][0] if self.runs else None
+
     def fits(self, run: Run) -> bool:
-        """True where the run's config is this one's. A value that a damaged log lacks fits any."""
-        return all(run.values.get(key, value) == value for key, value in self.config.items())
+        """True where the run's hyperparameters and machine are this one's. A value that a damaged log lacks fits any."""
+        same = all(run.values.get(key, value) == value for key, value in self.config.items() if key in HYPERPARAMETERS)
+        machine = {r.system.accelerators for r in (*self.runs, run) if r.system.accelerators}
+        return same and len(machine) < 2
 
     def add(self, run: Run) -> None:
         self.runs.append(run)
         self.config = {key: run.values[key] for key in CONFIG_KEYS if key in run.values} | self.config
+
+    def names(self, key: str) -> dict[str, list[Run]]:
+        """Each value that the runs give a name key, with its runs."""
+        found: dict[str, list[Run]] = {}
+        for run in self.runs:
+            if key in run.values:
+                found.setdefault(str(run.values[key]), []).append(run)
+        return found
 
 
 @dataclass
@@ -86,45 +100,13 @@ class Summary:
     def all_findings(self) -> list[Finding]:
         """Errors first."""
         runs = [f for result in self.results for f in (*result.findings, *(f for r in result.runs for f in r.findings))]
-        return sorted([*self.findings, *runs], key=lambda f: ("error", "warning", "note").index(f.level))
-
-    def as_dict(self, peak_tflops: float | None = None) -> dict[str, Any]:
-        whole = {
-            "folder": str(self.folder),
-            "ruleset": self.ruleset,
-            "ok": self.ok,
-            "results": [_result_dict(result, peak_tflops) for result in self.results],
-            "findings": [vars(f) for f in self.all_findings()],
-        }
-        return _strict(whole)
+        return worst_first([*self.findings, *runs])
 
 
-def _strict(value: Any) -> Any:
-    """JSON has no NaN and no infinity; a log's values may."""
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _result_dict(result: Result, peak_tflops: float | None) -> dict[str, Any]:
-    runs = [
-        {
-            **figures(run, peak_tflops),
-            "losses": run.evaluations,
-            "compliance_messages": run.compliance,
-            "file": str(run.path),
-        }
-        for run in result.runs
-    ]
-    return {
-        "name": result.name,
-        "ok": result.ok,
-        "config": result.config,
-        "score": vars(result.score),
-        "runs": runs,
-    }
+def total(values: Iterable[float | None]) -> float | None:
+    """The sum of what is known; None where nothing is."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
 
 
 # ---- Finding the logs ------------------------------------------------------------------------------------------------
@@ -133,12 +115,16 @@ def _result_dict(result: Result, peak_tflops: float | None) -> dict[str, Any]:
 def log_files(folder: Path) -> list[Path]:
     """Files that can be run logs: run.sub's *.log, a submission's result_*.txt, anything else in *.txt.
 
-    Checkers' own reports quote log lines, so they are left out by name.
+    Checkers' own reports quote log lines, so they are left out by name; so is the code beside a submission's results/.
     """
     if folder.is_file():
         return [folder]
-    files = (f for f in folder.rglob("*") if f.suffix in (".log", ".txt") and f.is_file())
-    return sorted((f for f in files if not re.search(r"_checker|compliance|allreduce", f.name)), key=_natural)
+    found = []
+    for place, folders, names in os.walk(folder):
+        if "results" in folders and "benchmarks" in folders:
+            folders.remove("benchmarks")
+        found += [Path(place, name) for name in names if name.endswith((".log", ".txt")) and not NOT_A_LOG.search(name)]
+    return sorted((f for f in found if f.is_file()), key=_natural)
 
 
 def _natural(path: Path) -> list[Any]:
@@ -146,119 +132,118 @@ def _natural(path: Path) -> list[Any]:
 
 
 def read_runs(folder: Path) -> tuple[list[Run], list[Finding]]:
-    """Every log in a folder that has events of this benchmark, and what was passed over."""
-    runs, skipped = [], []
-    for path in log_files(folder):
+    """Every run under a folder, with its power, and what was passed over."""
+    files = log_files(folder)
+    in_power = [f for f in files if in_power_folder(f, folder)]
+    power = read_power(in_power)
+    runs, found, empty = [], [], []
+    for path in files if not in_power else [f for f in files if f not in set(in_power)]:
         try:
-            run = Run(read_log(path))
+            log = read_log(path)
         except OSError as error:
-            skipped.append(Finding("warning", "unreadable", str(error.strerror), str(path)))
+            found.append(Finding("warning", "unreadable", str(error.strerror), str(path)))
             continue
-        name = run.values.get("submission_benchmark", rules.NAME)
-        if not run.log.events and not run.log.damaged:
-            continue
-        if name != rules.NAME:
-            skipped.append(Finding("note", "other benchmark", f"left out: a log of {name}", str(path)))
-            continue
-        run.system = find_system(run)
-        runs.append(run)
-    return runs, skipped
+        if not log.mllog_lines:
+            empty.append(path)
+        elif is_power_log(log):
+            found.append(_lone_power_log(log))
+        else:
+            run = Run(log)
+            name = run.values.get("submission_benchmark", rules.NAME)
+            if name != rules.NAME:
+                found.append(Finding("note", "other benchmark", f"left out: a log of {name}", str(path)))
+                continue
+            run.system, run.power = find_system(run), power.pop(str(path.with_suffix("")), None)
+            runs.append(run)
+    found += [Finding("note", "power log", "power was measured of a run that is not here", name) for name in power]
+    return runs, [*found, *_no_logs(empty)]
 
 
-def find_system(run: Run) -> System:
-    """Accelerators of a run: run.sub's .env beside the log, else SYSJSON, systems/NAME.json or the config's name."""
-    values, described = job_environment(run.path), run.log.system
-    if values:
-        with contextlib.suppress(KeyError, ValueError):
-            accelerator = _accelerator(values.get("ACCELERATOR", ""))
-            return System(accelerator, int(values["DGXNNODES"]), int(values["DGXNGPU"]))
-    folder = run.path.absolute().parent.parent  # <tree>/results/<system>, of .../<system>/llama2_70b_lora/result_0.txt
-    file = folder.parent.parent / "systems" / f"{folder.name}.json"
-    if file.is_file():
-        with contextlib.suppress(ValueError):
-            described = json.loads(file.read_text(errors="replace"))
-    with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError):
-        accelerator = _accelerator(str(described.get("accelerator_model_name", "")))
-        return System(accelerator, int(described["number_of_nodes"]), int(described["accelerators_per_node"]))
-    name = str(run.values.get("config_filename", ""))
-    shape = re.search(r"_(\d+)x(\d+)x\d+", name)
-    return System(_accelerator(name), *(int(shape[1]), int(shape[2])) if shape else ())
+def _lone_power_log(log: RunLog) -> Finding:
+    power = power_of([log])
+    mean = f"{power.mean_watts / 1e3:.2f} kW on average" if power else "without a reading"
+    rule = "power/<run>/node_<n>.txt beside the run is counted to it"
+    return Finding("note", "power log", f"readings of a power meter, no run: {mean}; {rule}", str(log.path))
 
 
-def job_environment(log: Path) -> dict[str, str]:
-    """What run.sub noted of the job beside the log; empty without that file."""
-    file = log.with_suffix(".env")
-    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
-    return dict(line.split("=", 1) for line in lines if "=" in line)
+def _no_logs(paths: list[Path]) -> Iterator[Finding]:
+    if paths:
+        names = ", ".join(map(str, paths[:MOST_NAMED])) + (", ..." if len(paths) > MOST_NAMED else "")
+        count = f"{len(paths)} file{'s' * (len(paths) != 1)}"
+        yield Finding("note", "no log", f"{count} without a :::MLLOG line, left out: {names}")
 
 
-def _accelerator(text: str) -> str:
-    return next((name for name in sorted(ACCELERATORS, key=len, reverse=True) if name in text.upper()), "")
+# ---- Which runs belong together --------------------------------------------------------------------------------------
 
 
 def group(runs: Iterable[Run], root: Path) -> list[Result]:
-    """Runs by folder and config."""
-    results: list[Result] = []
+    """Runs by job and hyperparameters. A job is a folder, or the files of one DATESTAMP in it."""
+    jobs: dict[tuple[Path, str], list[Result]] = {}
     for run in runs:
-        relative = run.path.parent.relative_to(root) if root.is_dir() else Path()
-        name = root.resolve().name if relative == Path() else str(relative)
-        result = next((r for r in results if r.name == name and r.fits(run)), None)
+        stamped = DATESTAMP.fullmatch(run.path.name)
+        results = jobs.setdefault((run.path.parent, stamped[1] if stamped else ""), [])
+        result = next((r for r in results if r.fits(run)), None)
         if result is None:
-            result = Result(name)
+            result = Result("")
             results.append(result)
         result.add(run)
-    return results
+    for (folder, stamp), results in jobs.items():
+        several = bool(stamp) and sum(place == folder for place, _ in jobs) > 1
+        for result in results:
+            result.name = _place(folder, root) + (f"/{stamp}" if several else "")
+    return _joined([result for results in jobs.values() for result in results], root)
 
 
-# ---- Score -----------------------------------------------------------------------------------------------------------
+def _place(folder: Path, root: Path) -> str:
+    relative = folder.relative_to(root) if root.is_dir() else Path()
+    return root.resolve().name if relative == Path() else str(relative)
 
 
-def official_score(result: Result, ruleset: str) -> Score:
-    """Olympic mean, RCP verdict and scaling by mlperf_logging's own programs, on a copy: they write where they read."""
-    count, needed = len(result.runs), rules.RUNS_PER_RESULT
-    if any(run.rehearsal for run in result.runs):
-        return Score(reason=f"score: needs {needed} runs of the 70B model; a rehearsal has none")
-    if count != needed:
-        return Score(reason=f"score: needs {needed} runs, has {count}")
-    try:
-        return _official_score(result, ruleset)
-    except Exception as error:  # the official programs compute on whatever the logs hold
-        return Score(reason=f"score: none; mlperf_logging stopped: {error}")
+def _joined(results: list[Result], root: Path) -> list[Result]:
+    """Jobs that are a whole result only together: ten runs in sub-folders, or of a job that was submitted again."""
+    needed = rules.RUNS_PER_RESULT
+    parts = [r for r in results if len(r.runs) < needed and not _in_submission(r)]
+    for first in parts:
+        same = [r for r in parts if r.runs and all(r.fits(run) for run in first.runs)]
+        beside = [r for r in same if r.runs[0].path.parent.parent == first.runs[0].path.parent.parent]
+        for together in (same, beside):
+            if len(together) > 1 and first in together and sum(len(r.runs) for r in together) == needed:
+                _join(together, root)
+                break
+    return [r for r in results if r.runs]
 
 
-def _official_score(result: Result, ruleset: str) -> Score:
-    from mlperf_logging.rcp_checker import rcp_checker
-    from mlperf_logging.result_summarizer import result_summarizer
-
-    said = io.StringIO()
-    with tempfile.TemporaryDirectory() as folder, quiet_mlperf(), cached_rules(), contextlib.redirect_stdout(said):
-        for index, run in enumerate(result.runs):
-            Path(folder, f"result_{index}.txt").write_text(_needed_lines(run))
-        passed, message = None, "open division: not checked"
-        if result.config.get("submission_division") == "closed":
-            passed, message, _ = rcp_checker.check_directory(
-                folder, "training", ruleset, False, False, rcp_pass="pruned_rcps", set_scaling=True
-            )
-        minutes, _, scaling = result_summarizer._compute_strong_score_standalone(
-            rules.NAME, result.name, False, folder, "training", ruleset
-        )
-    if minutes is None:
-        return Score(rcp=message, rcp_passed=passed, reason="score: none; " + " ".join(said.getvalue().split()))
-    score = Score(minutes, minutes / scaling, scaling, message, passed)
-    sequences = sorted(run.sequences_to_converge or math.inf for run in result.runs)[1:-1]
-    score.sequences = sum(sequences) / len(sequences)
-    if expected := convergence.expected(result.config["global_batch_size"]):
-        score.reference_sequences, score.bound_sequences = expected.reference, expected.bound
-    return score
+def _in_submission(result: Result) -> bool:
+    """results/<system>/llama2_70b_lora: the tree says what belongs together."""
+    return result.runs[0].path.parent.name == rules.NAME
 
 
-def _needed_lines(run: Run) -> str:
-    """What the official programs look at, in short lines: their parsing takes time quadratic in a line's length."""
-    rows = []
-    for event in run.log.events:
-        if event.key not in ("train_loss", "tracked_stats"):
-            metadata = {key: value for key, value in event.metadata.items() if key not in ("file", "lineno")}
-            fields = {"time_ms": event.time_ms, "key": event.raw_key, "value": event.value, "metadata": metadata}
-            rows.append(f":::MLLOG {json.dumps(fields)}\n")
-    damage = [":::MLLOG damaged\n"] if run.log.damaged else []  # so that they refuse the run all the same
-    return "".join(rows + damage)
+def _join(parts: list[Result], root: Path) -> None:
+    first, rest = parts[0], parts[1:]
+    text = f"{rules.RUNS_PER_RESULT} runs of {len(parts)} jobs or folders with the same hyperparameters, taken as one result"
+    for other in rest:
+        for run in other.runs:
+            first.add(run)
+        other.runs = []
+    folder = Path(os.path.commonpath([run.path.parent for run in first.runs]))
+    first.name = _place(folder, root)
+    first.findings.append(Finding("note", "joined", text, str(folder)))
+
+
+def repeats(results: list[Result]) -> Iterator[tuple[Result, Finding]]:
+    """Logs that are another result's: the same losses after the same minutes."""
+    seen: dict[Any, tuple[Result, Run]] = {}
+    for result in results:
+        others: Counter[int] = Counter()
+        first: dict[int, tuple[Result, Run, Run]] = {}
+        for run in result.runs:
+            if len(run.evaluations) < 2 or run.train_minutes is None or run.rehearsal:
+                continue
+            other, twin = seen.setdefault((tuple(run.evaluations), round(run.train_minutes, 6)), (result, run))
+            if other is not result:
+                others[id(other)] += 1
+                first.setdefault(id(other), (other, twin, run))
+        for key, count in others.items():
+            other, twin, run = first[key]
+            text = f"{count} of {len(result.runs)} runs repeat those of {other.name}: the same losses and minutes"
+            yield result, Finding("warning", "repeated logs", f"{text}, such as {twin.path}", str(run.path))

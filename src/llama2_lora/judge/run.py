@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from llama2_lora.config import rules
+from llama2_lora.findings import Finding
 from llama2_lora.gpus import ACCELERATORS
+from llama2_lora.judge.blocks import Block, training_blocks
+from llama2_lora.judge.power import Power
 from llama2_lora.judge.published import envelope
-from llama2_lora.judge.runlog import Event, RunLog
+from llama2_lora.judge.runlog import MOST_SEQUENCES, Event, RunLog, number, samples_count
 
 MODEL_TFLOP_PER_SEQUENCE = 2598  # forward and backward of 8,192 tokens with LoRA on the 70B; NVIDIA's figure
-MOST_SEQUENCES = 10**9  # a count above this is damage
+# FP4 runs go over to FP8 before the end ("healing"): the published ones got 1.4 to 2.3 times slower there
+HEALED_SLOWDOWN = 1.15
+USUAL_TRAIN_LOSS = 1.3  # median over the second half of a run: 1.27 to 1.34 in twelve published logs with GBS 8
+LEAST_TRAIN_LOSSES = 4
 
 
 @dataclass(frozen=True)
@@ -27,20 +32,11 @@ class System:
     accelerator: str = ""  # key of ACCELERATORS, or empty
     nodes: int | None = None
     per_node: int | None = None
+    name: str = ""  # as its owner calls it
 
     @property
     def accelerators(self) -> int | None:
         return self.nodes * self.per_node if self.nodes and self.per_node else None
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something to say of a run or a result. An error breaks a rule; a warning should be looked at; a note explains."""
-
-    level: str  # error, warning or note
-    code: str  # stable name of the check
-    text: str
-    where: str = ""  # file, with line where there is one
 
 
 @dataclass
@@ -49,6 +45,7 @@ class Run:
 
     log: RunLog
     system: System = field(default_factory=System)
+    power: Power | None = None
     findings: list[Finding] = field(default_factory=list)
     compliance: list[str] = field(default_factory=list)  # the official checker's messages; empty: passed
 
@@ -93,8 +90,9 @@ class Run:
 
     @cached_property
     def train_losses(self) -> list[tuple[int, float]]:
-        points = ((samples_count(e), number(e.value)) for e in self.events("train_loss"))
-        return [(s, loss) for s, loss in points if s is not None and loss is not None]
+        """(training sequences so far, training loss) where a line gives both."""
+        known = zip(self.log.train_losses.sequences, self.log.train_losses.losses, strict=True)
+        return [(int(s), loss) for s, loss in known if not math.isnan(s) and not math.isnan(loss)]
 
     @property
     def sequences_to_converge(self) -> int | None:
@@ -132,29 +130,30 @@ class Run:
         return _minutes(self._between("init_start", "init_stop"))
 
     @cached_property
+    def eval_durations(self) -> list[float]:
+        """Seconds of each evaluation."""
+        found, opened = [], None
+        for event in self.log.events:
+            if event.key == "eval_start":
+                opened = event
+            elif event.key == "eval_stop" and opened:
+                found.append((event.time_ms - opened.time_ms) / 1e3)
+                opened = None
+        return found
+
+    @property
     def eval_seconds(self) -> float:
-        return sum(stop.time_ms - start.time_ms for start, stop, _ in self._intervals("eval")) / 1e3
+        return sum(self.eval_durations)
 
     @cached_property
-    def blocks(self) -> list[tuple[float, float, int]]:
-        """Training between evaluations: (seconds since run_start at its end, duration, sequences trained)."""
-        start = self.first("run_start")
-        origin = start.time_ms / 1e3 if start else 0.0
-        found = []
-        for opened, closed, rest in self._intervals("block"):
-            before = samples_count(opened) or 0
-            # block_stop repeats its start's count in some logs and has its own in others: the next event has the new one
-            after = next((s for e in rest if e.key in _AFTER_BLOCK and (s := samples_count(e)) is not None), before)
-            seconds = (closed.time_ms - opened.time_ms) / 1e3
-            if seconds > 0 and after > before:
-                found.append((closed.time_ms / 1e3 - origin, seconds, after - before))
-        return found
+    def blocks(self) -> list[Block]:
+        return training_blocks(self.log.events, self.gbs)
 
     @cached_property
     def samples_per_second(self) -> float | None:
         """Training throughput, sequences/s, evaluation left out."""
-        seconds = sum(duration for _, duration, _ in self.blocks)
-        return sum(count for *_, count in self.blocks) / seconds if seconds else None
+        seconds = sum(block.seconds for block in self.blocks)
+        return sum(block.sequences for block in self.blocks) / seconds if seconds else None
 
     @property
     def step_seconds(self) -> float | None:
@@ -164,20 +163,61 @@ class Run:
     def eval_share(self) -> float | None:
         return self.eval_seconds / (self.train_minutes * 60) if self.train_minutes else None
 
+    @cached_property
+    def healed(self) -> bool:
+        """True where training and evaluation both got slower for good, as a run does that leaves FP4 for FP8."""
+        paces = [block.seconds / block.sequences for block in self.blocks]
+        evals = self.eval_durations
+        if len(paces) < 3 or len(evals) < 3:
+            return False
+        usual, usual_eval = statistics.median(paces[: len(paces) // 2 + 1]), statistics.median(evals[: len(evals) // 2 + 1])
+        return paces[-1] > HEALED_SLOWDOWN * usual and evals[-1] > HEALED_SLOWDOWN * usual_eval
+
+    @cached_property
+    def precision(self) -> str | None:
+        """Of the linear layers: what the log says (6.0.0 and later), fp4 where the run was healed; None: not known."""
+        text = str(self.values.get("lowest_numerical_precision_in_linear") or "").lower()
+        for name in ("fp4", "fp8", "bf16", "bfloat16", "fp16", "fp32"):
+            if name in text:
+                return name.replace("bfloat16", "bf16")
+        return "fp4" if self.healed else None
+
+    @property
+    def parallelism(self) -> dict[str, int]:
+        """TP, PP, CP and so on, where the log says (6.0.0 and later)."""
+        names = {"TP": "tensor", "PP": "pipeline", "CP": "context", "EP": "expert"}
+        sizes = {short: self.values.get(f"{name}_parallelism") for short, name in names.items()}
+        return {short: size for short, size in sizes.items() if type(size) is int}
+
+    @cached_property
+    def train_loss_factor(self) -> float | None:
+        """Power of two by which the training loss is above (or below) what it should be; None: too little to say.
+
+        A submission that adds the losses of its context ranks, or divides them, logs CP times the loss. The first quarter is
+        left out, where the loss falls; a run whose evaluations are far off the published ones has a loss of its own.
+        """
+        losses = [loss for loss in self.log.train_losses.losses if not math.isnan(loss) and loss > 0]
+        losses = losses[max(1, len(losses) // 4) :]
+        astray = [loss for _, loss in self.evaluations if not 0.85 < loss < 1.15]
+        if self.rehearsal or astray or len(losses) < LEAST_TRAIN_LOSSES:
+            return None
+        return 2.0 ** round(math.log2(statistics.median(losses) / USUAL_TRAIN_LOSS))
+
     def progress(self) -> tuple[int, float, float | None] | None:
         """(sequences so far, seconds since run_start, sequences/s lately) of a run that is under way."""
-        start, last, pace = self.first("run_start"), None, None
-        for event in self.log.events:
-            if event.key == "eval_stop":
-                last = None  # the time of an evaluation is no training
-            elif event.key == "train_loss" and (count := samples_count(event)):
-                if last and event.time_ms > last.time_ms:
-                    pace = (count - (samples_count(last) or 0)) / (event.time_ms - last.time_ms) * 1e3
-                last = event
+        start, columns = self.first("run_start"), self.log.train_losses
         if start is None or not self.train_losses:
             return None
-        end = self.log.events[-1]
-        return self.train_losses[-1][0], (end.time_ms - start.time_ms) / 1e3, pace
+        stops = [event.time_ms for event in self.events("eval_stop")]
+        points = [(t, s) for t, s in zip(columns.times_ms, columns.sequences, strict=True) if not math.isnan(s)]
+        recent = [point for point in points if not stops or point[0] >= stops[-1]]  # the time of an evaluation is no training
+        if len(recent) < 2:
+            before = stops[-2] if len(stops) > 1 else 0.0
+            recent = [point for point in points if before <= point[0] < stops[-1]] if stops else []
+        pace = None
+        if len(recent) > 1 and recent[-1][0] > recent[-2][0]:
+            pace = (recent[-1][1] - recent[-2][1]) / (recent[-1][0] - recent[-2][0]) * 1e3
+        return self.train_losses[-1][0], (self.log.last_time_ms - start.time_ms) / 1e3, pace
 
     def mfu(self, peak_tflops: float | None = None) -> float | None:
         """Model FLOP utilization of training, a share; `peak_tflops`: of one accelerator, by default its dense bf16 peak.
@@ -190,39 +230,29 @@ class Run:
             return None
         return self.samples_per_second * MODEL_TFLOP_PER_SEQUENCE / (self.system.accelerators * peak)
 
+    @property
+    def gpu_hours(self) -> float | None:
+        """Accelerator hours from init_start (or run_start) to run_stop."""
+        if not self.system.accelerators or self.train_minutes is None:
+            return None
+        return self.system.accelerators * ((self.init_minutes or 0.0) + self.train_minutes) / 60
+
+    @property
+    def energy_kwh(self) -> float | None:
+        """Energy to target, where power was measured."""
+        if self.power is None or self.train_minutes is None:
+            return None
+        return self.power.mean_watts / 1e3 * self.train_minutes / 60
+
     def published_difference(self) -> float | None:
         """Mean over evaluations of loss minus the published median, nats; None without an envelope."""
-        medians = {row.sequences: row.median for row in envelope(self.gbs)}
+        medians = {row.sequences: row.median for row in envelope(self.gbs, self.precision) if row.whole}
         differences = [loss - medians[s] for s, loss in self.evaluations if s in medians]
         return None if self.rehearsal or not differences else statistics.fmean(differences)
 
     def _between(self, start: str, stop: str) -> float | None:
         a, b = self.first(start), self.first(stop)
         return (b.time_ms - a.time_ms) / 1e3 if a and b else None
-
-    def _intervals(self, kind: str) -> Iterator[tuple[Event, Event, Iterator[Event]]]:
-        """Each `kind`_start with the next `kind`_stop, and what follows it."""
-        opened: Event | None = None
-        for index, event in enumerate(self.log.events):
-            if event.key == f"{kind}_start":
-                opened = event
-            elif event.key == f"{kind}_stop" and opened:
-                yield opened, event, islice(self.log.events, index + 1, None)
-                opened = None
-
-
-_AFTER_BLOCK = ("eval_start", "eval_accuracy", "block_start", "run_stop")
-
-
-def samples_count(event: Event) -> int | None:
-    count = number(event.metadata.get("samples_count"))
-    return int(count) if count is not None and 0 <= count < MOST_SEQUENCES else None
-
-
-def number(value: Any) -> float | None:
-    """A finite number, else None: logs of runs that diverged hold NaN."""
-    known = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < sys.float_info.max
-    return float(value) if known else None
 
 
 def _minutes(seconds: float | None) -> float | None:
@@ -247,6 +277,12 @@ def figures(run: Run, peak_tflops: float | None = None) -> dict[str, Any]:
         "init_minutes": run.init_minutes,
         "seed": run.seed,
         "loss_minus_published_median": run.published_difference(),
+        "train_loss_factor": run.train_loss_factor,
+        "precision": run.precision,
+        "parallelism": " ".join(f"{name}{size}" for name, size in run.parallelism.items()) or None,
         "accelerator": run.system.accelerator or None,
         "accelerators": run.system.accelerators,
+        "gpu_hours": run.gpu_hours,
+        "mean_kilowatts": run.power.mean_watts / 1e3 if run.power else None,
+        "energy_kwh": run.energy_kwh,
     }

@@ -1,4 +1,4 @@
-"""A log file -> its `:::MLLOG` events, however the file has suffered, and the official checker's verdict on them.
+"""A log file -> its `:::MLLOG` events, however the file has suffered, in memory that does not grow with its noise.
 
 A line's event is what follows the last `:::MLLOG ` on it, as mlperf_logging reads it: that covers rank prefixes
 (`0: :::MLLOG`), progress bars that end in a bare carriage return and CRLF. mlperf_logging's own reader is not used: its
@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
+import math
 import sys
+from array import array
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from mlperf_logging.compliance_checker import mlp_compliance
-from mlperf_logging.compliance_checker.mlp_parser import ruleset_510
-
 TOKEN = b":::MLLOG "
 SYSTEM_TOKEN = b":::SYSJSON "
+CHUNK_BYTES = 1 << 20
+MOST_LINE_BYTES = 4 << 20  # of a line without an end; only what follows its last token is kept
+MOST_PER_KEY = 50_000  # events of one key that are kept; a run has some hundred
+MOST_DAMAGED = 1_000
+TRAIN_LOSS_KEYS = ("train_loss", "reduced_train_loss")
+STARTS_OF_MANY_NODES = ("cache_clear", "init_start")  # every node writes its own, so their times are not in file order
+MOST_SEQUENCES = 10**9  # a count above this is damage
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,6 @@ class Event:
     metadata: dict[str, Any]
     line: int
     raw_key: str
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,36 +50,140 @@ class Damage:
     error: str
 
 
-@dataclass(frozen=True)
+@dataclass
+class TrainLosses:
+    """The training losses of a log in columns: a long log has a million. Sequences are NaN where the line does not say."""
+
+    times_ms: array[float] = field(default_factory=lambda: array("d"))
+    sequences: array[float] = field(default_factory=lambda: array("d"))
+    losses: array[float] = field(default_factory=lambda: array("d"))
+    first: Event | None = None
+
+    def add(self, event: Event, loss: float) -> None:
+        self.first = self.first or event
+        self.times_ms.append(event.time_ms)
+        count = samples_count(event)
+        self.sequences.append(math.nan if count is None else count)
+        self.losses.append(loss)
+
+
+@dataclass
 class RunLog:
     """What a file holds, in file order. `system` is NVIDIA's `:::SYSJSON` line, where there is one."""
 
     path: Path
-    events: list[Event]
-    damaged: list[Damage]
-    system: dict[str, Any]
+    events: list[Event] = field(default_factory=list)
+    damaged: list[Damage] = field(default_factory=list)
+    damaged_count: int = 0
+    system: dict[str, Any] = field(default_factory=dict)
+    train_losses: TrainLosses = field(default_factory=TrainLosses)
+    backward: list[Event] = field(default_factory=list)  # the first events that are earlier than the one before them
+    backward_count: int = 0
+    spaced: Counter[str] = field(default_factory=Counter)  # keys with a space at the end
+    first_spaced_line: int = 0
+    mllog_lines: int = 0
+    last_time_ms: float = 0.0
+    last_line: bytes = b""  # of any kind: how a killed job ends
+
+    _kept: Counter[str] = field(default_factory=Counter)
+    _previous: Event | None = None
+
+    def add(self, event: Event) -> None:
+        self._note_order(event)
+        if event.raw_key != event.key:
+            self.first_spaced_line = self.first_spaced_line or event.line
+            self.spaced[event.raw_key] += 1
+        loss = _train_loss(event)
+        if loss is not None:
+            self.train_losses.add(event, loss)
+        elif event.key == "tracked_stats":
+            return  # times and rates that the blocks give too
+        elif self._kept[event.key] < MOST_PER_KEY:
+            self._kept[event.key] += 1
+            self.events.append(event)
+
+    def _note_order(self, event: Event) -> None:
+        self.last_time_ms = event.time_ms
+        if event.key in STARTS_OF_MANY_NODES:
+            return
+        if self._previous is not None and event.time_ms < self._previous.time_ms:
+            self.backward_count += 1
+            if not self.backward:
+                self.backward.append(event)
+        self._previous = event
+
+
+def _train_loss(event: Event) -> float | None:
+    """The training loss that an event carries: its value, or inside tracked_stats (v5.1); NaN where it is none."""
+    value = event.value
+    if event.key == "tracked_stats":
+        if not isinstance(value, dict):
+            return None
+        value = next((value[key] for key in TRAIN_LOSS_KEYS if key in value), None)
+        if value is None:
+            return None
+    elif event.key not in TRAIN_LOSS_KEYS:
+        return None
+    known = number(value)
+    return math.nan if known is None else known
 
 
 def read_log(path: Path) -> RunLog:
     """Read a file to its end; nothing in it is fatal. Raises OSError where it cannot be read."""
-    log = RunLog(path, [], [], {})
-    rows = path.read_bytes().split(b"\n")
-    for number, row in enumerate(rows, 1):
+    log = RunLog(path)
+    for line, row, complete in _rows(path):
         if SYSTEM_TOKEN in row:
             log.system.update(_system(row.rpartition(SYSTEM_TOKEN)[2]))
         if TOKEN not in row:
+            log.last_line = row or log.last_line
             continue
+        log.mllog_lines += 1
         for part in row.split(b"\r"):
             _, found, text = part.rpartition(TOKEN)
             if not found:
                 continue
             body = text.decode("utf-8", errors="replace").strip()
             try:
-                log.events.append(_event(body, number))
-            except (ValueError, TypeError, KeyError) as error:
-                reason = "line is cut off" if number == len(rows) else _reason(error)
-                log.damaged.append(Damage(number, _excerpt(body, getattr(error, "pos", 0)), reason))
+                log.add(_event(body, line))
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                reason = _reason(error) if complete else "line is cut off"
+                log.damaged_count += 1
+                if len(log.damaged) < MOST_DAMAGED:
+                    log.damaged.append(Damage(line, _excerpt(body, getattr(error, "pos", 0)), reason))
     return log
+
+
+def _rows(path: Path) -> Iterator[tuple[int, bytes, bool]]:
+    """(line number, line, whether it has an end); lines without any token are passed over, but for the last one."""
+    line, rest = 1, b""
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            data = rest + chunk if rest else chunk
+            body, end, rest = data.rpartition(b"\n")
+            if not end:
+                if len(data) < MOST_LINE_BYTES:
+                    rest = data
+                    continue
+                body, end, rest = data.rpartition(b"\r")  # a progress bar
+                if end:
+                    yield line, body, True
+                else:
+                    rest = _shortened(data)
+                continue
+            if TOKEN not in body and SYSTEM_TOKEN not in body:
+                line += body.count(b"\n") + 1
+                yield line - 1, body[body.rfind(b"\n") + 1 :][:1000], True
+                continue
+            for row in body.split(b"\n"):
+                yield line, row, True
+                line += 1
+    if rest:
+        yield line, rest, False
+
+
+def _shortened(rest: bytes) -> bytes:
+    """The end of a line that is no log line: it is longer than any."""
+    return rest[-CHUNK_BYTES:]
 
 
 def _system(text: bytes) -> dict[str, Any]:
@@ -94,7 +202,8 @@ def _event(body: str, line: int) -> Event:
     key, time_ms = str(fields["key"]), float(fields["time_ms"])
     if not 0 <= time_ms < sys.float_info.max:
         raise ValueError(f"time_ms is {time_ms}")
-    return Event(time_ms, key.strip(), fields["value"], metadata, line, key, body)
+    name = sys.intern(key.strip())
+    return Event(time_ms, name, fields["value"], metadata, line, name if key == name else key)
 
 
 def _excerpt(body: str, position: int, around: int = 40) -> str:
@@ -106,56 +215,13 @@ def _reason(error: Exception) -> str:
     return f"no field {error}" if isinstance(error, KeyError) else str(error)
 
 
-def compliance_messages(log: RunLog, ruleset: str) -> list[str]:
-    """What mlperf_logging's compliance checker objects to; empty: the log complies."""
-    lines = [
-        ruleset_510.LogLine(TOKEN.decode() + e.text, e.time_ms, e.raw_key, {"value": e.value, "metadata": e.metadata}, e.line)
-        for e in log.events
-    ]
-    checker = mlp_compliance.make_checker("training", ruleset, True, False)
-    if log.damaged:
-        checker.put_message("Log lines had parsing errors.")
-    try:
-        with cached_rules(), quiet_mlperf():
-            checker.check_loglines(lines, f"training_{ruleset}/common.yaml")
-    except Exception as error:  # it evaluates its rules on whatever the log holds, such as 'nan' <= 0.925
-        checker.put_message(f"the checker stopped: {error}")
-    finally:
-        mlp_compliance.enqueued_configs.clear()  # else they are applied to the next log
-    return [*checker.overwritable.values(), *checker.not_overwritable]
+def samples_count(event: Event) -> int | None:
+    """Training sequences that an event names in its metadata; None where it names none, or damage."""
+    count = number(event.metadata.get("samples_count"))
+    return int(count) if count is not None and 0 <= count < MOST_SEQUENCES else None
 
 
-_rules: dict[str, Any] = {}
-
-
-class _CachedYAML:
-    """Stands in for the yaml module in mlp_compliance, which parses three files of rules again for every log."""
-
-    BaseLoader = yaml.BaseLoader
-
-    @staticmethod
-    def load(stream: Any, Loader: Any) -> Any:  # yaml's own argument
-        if stream.name not in _rules:
-            _rules[stream.name] = yaml.load(stream, Loader=Loader)
-        return _rules[stream.name]
-
-
-@contextlib.contextmanager
-def cached_rules() -> Iterator[None]:
-    """The compliance checker reads each rule file once: parsing them takes most of its time."""
-    original, mlp_compliance.yaml = mlp_compliance.yaml, _CachedYAML
-    try:
-        yield
-    finally:
-        mlp_compliance.yaml = original
-
-
-@contextlib.contextmanager
-def quiet_mlperf() -> Iterator[None]:
-    """mlperf_logging's checkers report through the root logger; what they find is returned, so nothing is lost."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+def number(value: Any) -> float | None:
+    """A finite number, else None: logs of runs that diverged hold NaN."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < sys.float_info.max
+    return float(value) if known else None

@@ -75,9 +75,9 @@ def make(data: Path, output: Path, steps: int, seed: int) -> bool:
     recipe = "\n".join([*map(files.file_sha256, (Path(__file__), text)), f"steps {steps} seed {seed}"])
     if files.is_up_to_date(output, recipe):
         return False
-    model = new_model(manifest["vocab_size"], manifest["sequence_length"], seed)
-    pretrain(model, np.load(text), steps, seed)
-    with files.replaced(output, recipe) as folder:
+    with files.new_folder(output, recipe) as folder:
+        model = new_model(manifest["vocab_size"], manifest["sequence_length"], seed)
+        pretrain(model, np.load(text), steps, seed)
         model.save_pretrained(folder)
         shutil.copytree(data / "tokenizer", folder, dirs_exist_ok=True)
     return True

@@ -211,7 +211,7 @@ def make(output: Path, text: Path | None, seed: int, sequence_length: int) -> bo
     recipe = recipe_of(text, seed, sequence_length)
     if files.is_up_to_date(output, recipe):
         return False
-    with files.replaced(output, recipe) as folder:
+    with files.new_folder(output, recipe) as folder:
         fill(folder, text, seed, sequence_length)
     return True
 

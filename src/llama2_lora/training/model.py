@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.utils import get_batch_on_this_cp_rank
 from nemo.collections.llm.gpt.model.llama import LlamaConfig, LlamaModel
 from nemo.lightning.megatron_parallel import MegatronLossReduction
@@ -70,6 +71,22 @@ def prepare_fp8_weights(model: torch.nn.Module) -> None:
             weight.clear_high_precision_init_val()
 
 
+def let_gradients_through_recomputation(model: torch.nn.Module) -> None:
+    """RECOMPUTE=full: the first layer's input asks for a gradient, although the embedding is frozen.
+
+    A checkpointed function whose inputs need no gradient gets no backward pass, so no adapter in it a gradient either, and
+    the run trains nothing without an error (megatron-core 0.15.3, tensor_parallel/random.py, CheckpointFunction). Later
+    pipeline stages receive an input that does, from Megatron's communication.
+    """
+    for embedding in (m for m in model.modules() if isinstance(m, LanguageModelEmbedding)):
+        embedding.register_forward_hook(_require_gradient)
+
+
+def _require_gradient(module: torch.nn.Module, inputs: Any, output_SBH: torch.Tensor) -> None:
+    if torch.is_grad_enabled():
+        output_SBH.requires_grad_()
+
+
 class LoraLlama(LlamaModel):
     """LlamaModel that knows how many rows a training step and an evaluation have."""
 
@@ -79,8 +96,13 @@ class LoraLlama(LlamaModel):
         self.train_loss, self.validation_loss = RowMeanLoss(train_rows), RowMeanLoss(validation_rows)
 
     def configure_model(self, vp_stage: int | None = None) -> None:
-        super().configure_model(vp_stage)
+        # Transformer Engine 2.9 quantizes FP8 weights with a transposed copy where gradients are on (base.py,
+        # reset_parameters), and Megatron then keeps the bf16 start of each on the host: at 70B 17 GB a GPU and 274 GB a node, for nothing.
+        with torch.no_grad():
+            super().configure_model(vp_stage)
         prepare_fp8_weights(self.module)
+        if self.config.recompute_granularity == "full":
+            let_gradients_through_recomputation(self.module)
 
     @property
     def training_loss_reduction(self) -> RowMeanLoss:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llama2_lora import files
 from llama2_lora.llama2 import EMBEDDING, LlamaShape, Stack, adapter_shapes, stacks
 from llama2_lora.weights.context import TOKENIZER, read_model_yaml
 
@@ -103,20 +103,14 @@ def write_adapter(path: Path, tensors: Mapping[str, Any], shape: LlamaShape, ran
 
     ValueError where a matrix is missing, too many, or of another shape. The folder appears when it is complete.
     """
-    path = Path(path)
     arrays = {name: tensor.numpy() if hasattr(tensor, "numpy") else tensor for name, tensor in tensors.items()}
     _check_adapter("the adapter", {name: array.shape for name, array in arrays.items()}, shape, rank)
     from safetensors.numpy import save_file
 
-    partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(arrays, partial / ADAPTER_TENSORS)
     about = {"rank": rank, "alpha": alpha, "base": dataclasses.asdict(shape)}
-    (partial / ADAPTER_JSON).write_text(json.dumps(about, indent=2) + "\n")
-    if path.exists():
-        shutil.rmtree(path)
-    partial.rename(path)
+    with files.new_folder(path, replace=True) as folder:
+        save_file(arrays, folder / ADAPTER_TENSORS)
+        (folder / ADAPTER_JSON).write_text(json.dumps(about, indent=2) + "\n")
 
 
 def read_adapter(path: Path) -> tuple[dict[str, Any], LlamaShape, int, int]:

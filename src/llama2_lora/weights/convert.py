@@ -6,18 +6,18 @@ not. A conversion that was stopped is continued by the next one from the same fi
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from llama2_lora import files
 from llama2_lora.llama2 import chunks
 from llama2_lora.weights.checkpoint import check_checkpoint, read_shape, weights_format
 from llama2_lora.weights.context import read_provenance, write_context
 from llama2_lora.weights.formats import LAYOUTS, Progress, write_common
 from llama2_lora.weights.huggingface import HFModel
 
-PARTIAL = ".partial"
+STAGING = ".partial"
 
 
 def convert(source: HFModel, output: Path, format: str, progress: Progress = lambda count: None) -> bool:
@@ -29,21 +29,18 @@ def convert(source: HFModel, output: Path, format: str, progress: Progress = lam
     provenance = {"source": source.name, "format": format, "dtype": source.dtype, "files": source.fingerprint()}
     if _is_there(output, provenance):
         return False
-    partial = output / PARTIAL
-    if read_provenance(partial / "context") != provenance:
-        shutil.rmtree(partial, ignore_errors=True)
-        write_context(partial / "context", source, provenance)
-    weights = partial / "weights"
-    weights.mkdir(exist_ok=True)
-    LAYOUTS[format].write(weights, source, progress)
-    write_common(weights, format)
-    _flush(partial)
-    for name in ("weights", "context"):  # of an older checkpoint, so that the new context never has the old weights
-        if (output / name).exists():
-            (output / name).rename(partial / f"old_{name}")
-    for name in ("context", "weights"):
-        (partial / name).rename(output / name)
-    shutil.rmtree(partial)
+    with files.lock(output / ".lock"):
+        if _is_there(output, provenance):  # another process made it since
+            return False
+        staging = output / STAGING
+        if read_provenance(staging / "context") != provenance:
+            shutil.rmtree(staging, ignore_errors=True)
+            write_context(staging / "context", source, provenance)
+        weights = staging / "weights"
+        weights.mkdir(exist_ok=True)
+        LAYOUTS[format].write(weights, source, progress)
+        write_common(weights, format)
+        files.move_into(output, staging, ("context", "weights"))
     return True
 
 
@@ -75,13 +72,3 @@ def _is_there(output: Path, provenance: dict[str, Any]) -> bool:
         origin = f"made from {found['source']}" if found else "that another program made"
         raise ValueError(f"{output} holds a checkpoint {origin}: remove it, or choose another --output_path")
     return False
-
-
-def _flush(folder: Path) -> None:
-    """Wait until all is on disk, so that not even a crash of the node leaves a folder that only looks complete."""
-    for path in folder.rglob("*"):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

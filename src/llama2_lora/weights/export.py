@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llama2_lora import files
 from llama2_lora.llama2 import PROJ, QKV, Block, LlamaShape, blocks, hf_tensors
 from llama2_lora.weights.checkpoint import read_adapter
 from llama2_lora.weights.huggingface import DTYPE_BYTES, HFModel, from_float32, to_float32
@@ -44,7 +44,7 @@ def write_peft(adapter: Path, output: Path, base: str) -> None:
         "bias": "none",
         "inference_mode": True,
     }
-    with _new_folder(output) as folder:
+    with files.new_folder(output) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -71,7 +71,7 @@ def merge(adapter: Path, source: HFModel, output: Path, progress: Callable[[int]
     if shape != source.shape:
         raise ValueError(f"{adapter} was trained on {shape}, {source.folder} is {source.shape}")
     modules = hf_adapter(arrays, shape)
-    with _new_folder(output) as folder:
+    with files.new_folder(output) as folder:
         for file in source.files:
             names = [name for name in hf_tensors(shape) if source.tensors[name].file == file]
             with (folder / _safetensors_name(file)).open("wb") as out:
@@ -118,19 +118,3 @@ def _write_rest(source: HFModel, folder: Path) -> None:
         place = {name: _safetensors_name(source.tensors[name].file) for name in hf_tensors(source.shape)}
         index = {"metadata": {"total_size": source.weight_bytes()}, "weight_map": place}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-@contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder that has its name only once it is whole. ValueError where there is something already."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} is there already: remove it, or choose another --output")
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-    partial.rename(output)

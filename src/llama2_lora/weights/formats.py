@@ -13,11 +13,11 @@ import io
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from llama2_lora import files
 from llama2_lora.llama2 import FINAL_NORM, Chunk, LlamaShape, Stack, chunks, stacks
 from llama2_lora.weights.checkpoint import PREFIX, ZARR_DTYPES
 from llama2_lora.weights.context import TORCH_DTYPES
@@ -45,7 +45,7 @@ class Zarr:
         for chunk in chunks(source.shape):
             path = _zarr_file(weights, chunk)
             if not path.exists():
-                with _appearing(path) as file:
+                with files.new_file(path, sync=False) as file:
                     file.writelines(source.read_all(chunk.blocks))
             progress(path.stat().st_size)
         for name in extra_states(source.shape):
@@ -90,14 +90,14 @@ class TorchDist:
                 for piece in source.read_all(chunk.blocks):
                     data[filled : filled + len(piece)] = piece
                     filled += len(piece)
-                with _appearing(path) as file:
+                with files.new_file(path, sync=False) as file:
                     torch.save(torch.frombuffer(data, dtype=dtype).view(chunk.stack.chunk), file)
             progress(len(data))
         states = extra_states(source.shape)
         state = _torch_bytes([None])  # this format keeps a list of the objects under a key
-        with _appearing(weights / "__0_states.distcp") as file:
+        with files.new_file(weights / "__0_states.distcp", sync=False) as file:
             file.write(state * len(states))
-        with _appearing(weights / ".metadata") as file:
+        with files.new_file(weights / ".metadata", sync=False) as file:
             pickle.dump(_index(weights, source.shape, dtype, len(state)), file)
 
     def reader(self, weights: Path) -> Callable[[Chunk], BinaryIO]:
@@ -160,15 +160,6 @@ def extra_states(shape: LlamaShape) -> list[str]:
         for layer in range(shape.layers):
             found.append(f"{PREFIX}decoder.layers.{module}._extra_state/shard_{layer}_{shape.layers}")
     return found
-
-
-@contextmanager
-def _appearing(path: Path) -> Iterator[BinaryIO]:
-    """A file that has its name only once it is whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        yield file
-    partial.replace(path)
 
 
 def _torch_bytes(value: Any) -> bytes:

@@ -65,7 +65,7 @@ def fused_attn_fwd(
     rng_elts_per_thread: int,
     return_max_logit: bool,
 ) -> list[Any]:
-    """`fused_attn_fwd`: the attended values in the queries' shape, the log of the softmax's sum [B, N, S, 1], a random state."""
+    """`fused_attn_fwd`: attended values in the queries' shape, the log of the softmax's sum [B, N, S, 1], a random state."""
     causal = _checked(p_dropout, bias_type, attn_mask_type, softmax_type, window_size, max_seqlen_q, max_seqlen_kv)
     if is_quantized(Q) or return_max_logit or page_table_k is not None:
         raise NotImplementedError("transformer_engine_torch.fused_attn_fwd: no CPU kernel for FP8, logits or paged keys")
@@ -123,7 +123,9 @@ def fused_attn_bwd(
     return [*(_sequence_back(t, sequence_first) for t in (dq, dk, dv)), None, None]
 
 
-def _checked(dropout: float, bias: Any, mask: Any, softmax: Any, window: tuple[int, int], length_q: int, length_kv: int) -> bool:
+def _checked(
+    dropout: float, bias: Any, mask: Any, softmax: Any, window: tuple[int, int], length_q: int, length_kv: int
+) -> bool:
     """Whether the attention is causal. Raises for what the kernels here do not compute."""
     causal = mask in _CAUSAL
     asked = {

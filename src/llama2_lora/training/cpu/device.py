@@ -122,8 +122,8 @@ class CudaIsCpu(TorchFunctionMode):
     ) -> Any:
         if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
             return args[0]
-        if func is torch.device and args and isinstance(found := _on_cpu(args[0]), torch.device):
-            return found
+        if func is torch.device and args and isinstance(args[0], int):
+            return func("cuda", args[0])  # "Cannot access accelerator device when none is available"
         if func == _IS_CUDA:  # a new object at every access: equal, not the same
             return True
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:

@@ -12,9 +12,7 @@ def _enum(name: str, members: str, start: int = 0) -> type[IntEnum]:
 
 
 # transformer_engine/common/include/transformer_engine/transformer_engine.h
-DType = _enum(
-    "DType", "kByte kInt16 kInt32 kInt64 kFloat32 kFloat16 kBFloat16 kFloat8E4M3 kFloat8E5M2 kFloat8E8M0 kFloat4E2M1"
-)
+DType = _enum("DType", "kByte kInt16 kInt32 kInt64 kFloat32 kFloat16 kBFloat16 kFloat8E4M3 kFloat8E5M2 kFloat8E8M0 kFloat4E2M1")
 TORCH_DTYPE: dict[IntEnum, torch.dtype] = {
     DType.kByte: torch.uint8,
     DType.kInt32: torch.int32,

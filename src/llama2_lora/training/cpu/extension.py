@@ -15,6 +15,7 @@ import importlib.machinery
 import os
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -24,7 +25,6 @@ import torch
 
 from llama2_lora.training.cpu import attention, dtypes, gemm, norms, optimizer, quantize, userbuffers
 
-VERSION = "2.9.0"
 FOLDER = Path(sys.prefix, "transformer_engine")  # scripts/setup_env.sh installs the wheel there
 KERNELS = (
     quantize.quantize,
@@ -92,7 +92,7 @@ def load() -> None:
         raise RuntimeError("PLATFORM=cpu: megatron.core was imported before Transformer Engine; enter cpu_platform first")
     package = FOLDER / "transformer_engine"
     if not package.is_dir():
-        raise RuntimeError(f"PLATFORM=cpu: Transformer Engine {VERSION} is not in {FOLDER}; run scripts/setup_env.sh")
+        raise RuntimeError(f"PLATFORM=cpu: Transformer Engine is not in {FOLDER}; run scripts/setup_env.sh")
     sys.path.append(str(FOLDER))  # NeMo and Megatron ask for the version of the distribution as well
     sys.modules["transformer_engine_torch"] = _extension()
     for name in ("", ".permutation", ".pad", ".cross_entropy"):  # Triton's kernels, and there is no Triton on a CPU
@@ -104,10 +104,11 @@ def load() -> None:
 def _import_package(folder: Path) -> None:
     """The package without its __init__, which looks for a CUDA build and goes on without kernels where there is none."""
     package = ModuleType("transformer_engine")
-    package.__path__, package.__version__ = [str(folder)], VERSION  # type: ignore[attr-defined]
+    package.__path__, package.__version__ = [str(folder)], version("transformer_engine")  # type: ignore[attr-defined]
     package.__spec__ = importlib.machinery.ModuleSpec("transformer_engine", None, is_package=True)
     sys.modules["transformer_engine"] = package
-    with patch.dict(os.environ, {"NVTE_PROJECT_BUILDING": "1"}):  # noqa: TID251  transformer_engine.common then loads no library
+    # transformer_engine.common loads no library where it is being built
+    with patch.dict(os.environ, {"NVTE_PROJECT_BUILDING": "1"}):  # noqa: TID251
         common = importlib.import_module("transformer_engine.common")
     common.load_framework_extension = lambda framework: None
     for name in ("common", "pytorch"):

@@ -48,9 +48,7 @@ def multi_tensor_adam(
             parameter.copy_(weight)
 
 
-def multi_tensor_l2norm(
-    chunk_size: int, noop: Tensor, tensor_lists: Lists, per_tensor: bool = False
-) -> tuple[Tensor, Tensor]:
+def multi_tensor_l2norm(chunk_size: int, noop: Tensor, tensor_lists: Lists, per_tensor: bool = False) -> tuple[Tensor, Tensor]:
     """`multi_tensor_l2norm_cuda`: the norm over all tensors, [1], and of each, [tensors] (empty unless asked for)."""
     norms = [tensor.float().norm() for tensor in tensor_lists[0]]
     each = torch.stack(norms) if norms else torch.zeros(0)

@@ -16,7 +16,7 @@ import torch
 from llama2_lora.training.cpu import device, extension
 
 # What the stand-ins were written against and are tested with.
-TESTED_VERSIONS = {"nemo_toolkit": "2.7.", "megatron-core": "0.15."}
+TESTED_VERSIONS = {"nemo_toolkit": "2.7.", "megatron-core": "0.15.", "transformer_engine": "2.9."}
 
 
 @contextmanager
@@ -35,17 +35,21 @@ def cpu_platform(capability: tuple[int, int] = device.HOPPER) -> Iterator[None]:
     """
     if torch.cuda.is_available():
         raise ValueError("PLATFORM=cpu: a CUDA device is visible; set CUDA_VISIBLE_DEVICES= or use PLATFORM=gpu")
-    for package, prefix in TESTED_VERSIONS.items():
-        if not version(package).startswith(prefix):
-            raise RuntimeError(f"PLATFORM=cpu: {package} is {version(package)}; cpu_platform was tested with {prefix}x")
     with ExitStack() as stack:
         for owner, name, stand_in in device.stand_ins(capability):
             stack.enter_context(_replaced(owner, name, stand_in))
         stack.enter_context(device.CudaIsCpu())
         extension.load()
+        _check_versions()
         for owner, name, stand_in in extension.stand_ins():
             stack.enter_context(_replaced(owner, name, stand_in))
         yield
+
+
+def _check_versions() -> None:
+    for package, prefix in TESTED_VERSIONS.items():
+        if not version(package).startswith(prefix):
+            raise RuntimeError(f"PLATFORM=cpu: {package} is {version(package)}; cpu_platform was tested with {prefix}x")
 
 
 @contextmanager

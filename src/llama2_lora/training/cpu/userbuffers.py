@@ -29,7 +29,13 @@ class CommOverlap:
     """One layer's buffer, [rows, columns]: this rank's rows are chunk `rank` of `tp_size`."""
 
     def __init__(
-        self, buffer_shape: Sequence[int], buffer_dtype: torch.dtype, helper: CommOverlapHelper, tp_size: int, *_: Any, **__: Any
+        self,
+        buffer_shape: Sequence[int],
+        buffer_dtype: torch.dtype,
+        helper: CommOverlapHelper,
+        tp_size: int,
+        *_: Any,
+        **__: Any,
     ) -> None:
         from megatron.core import parallel_state
 

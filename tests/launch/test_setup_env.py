@@ -1,0 +1,50 @@
+"""scripts/setup_env.sh: the project is installed editable, and scripts find their own tree without that."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A venv that holds setuptools alone and calls itself complete: the lock's 3 GB are not the matter here."""
+    folder = tmp_path_factory.mktemp("environment") / "venv"
+    venv.create(folder, with_pip=True)
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    shutil.rmtree(site / "setuptools", ignore_errors=True)
+    shutil.copytree(Path(sysconfig.get_path("purelib")) / "setuptools", site / "setuptools")
+    key = hashlib.sha256((ROOT / "requirements-cpu.txt").read_bytes()).hexdigest()
+    (folder / ".complete").write_text(key + "\n")
+    return folder
+
+
+def run(*command, **variables: str) -> str:
+    done = subprocess.run(command, cwd="/", env={"PATH": os.environ["PATH"]} | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_script_of_a_bare_clone_finds_its_own_tree():
+    """With the packages that it needs, and nothing installed: -S leaves out the editable install."""
+    shown = run(sys.executable, "-S", ROOT / "scripts/health.py", "--help", PYTHONPATH=sysconfig.get_path("purelib"))
+    assert "probe" in shown
+
+
+def test_the_project_is_installed_from_the_tree(environment):
+    before = set((ROOT / "src").iterdir())
+    run(ROOT / "scripts/setup_env.sh", VENV=str(environment))
+    where = run(environment / "bin/python", "-c", "import llama2_lora; print(llama2_lora.__file__)").strip()
+    assert Path(where) == ROOT / "src/llama2_lora/__init__.py"
+    assert set((ROOT / "src").iterdir()) == before, "nothing is left in the tree, which may be read-only"
+    assert "is up to date" in run(ROOT / "scripts/setup_env.sh", VENV=str(environment), HOME="/nowhere")
