@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from llama2_lora.config.settings import Settings
 from llama2_lora.config.shell import source
 from llama2_lora.findings import Finding, show
-from llama2_lora.forecast import measured as report
 from llama2_lora.forecast.tables import show_measured
 
 
@@ -86,12 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = 130
     if session and session.found.passes:
         show_measured(session.found, session.account, session.rates())
-        show(
-            [
-                *session.findings,
-                Finding("note", "measured", f"written to {output}; preflight.py {arguments.config} --measured {output}"),
-            ]
-        )
+        forecast = f"{output} is written; forecast: scripts/preflight.py {arguments.config} --measured {output}"
+        show([*session.findings, Finding("note", "measured", forecast)])
     return status
 
 

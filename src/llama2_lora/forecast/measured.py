@@ -21,6 +21,7 @@ from llama2_lora.findings import Finding
 from llama2_lora.forecast.memory import Item, Memory
 
 FORMAT = 1
+NOT_FINITE = "values became infinite or NaN on the measured rank: such products draw less power, so times may be too short"
 # What decides the work and the memory of one rank. TP_COMM_OVERLAP does not: it needs the other ranks.
 DECIDING = (
     *("TP", "PP", "CP", "SP", "MINIBS", "MBS", "VAL_MBS", "MAX_SEQLEN", "LORA_RANK", "LORA_DROPOUT"),
@@ -74,7 +75,7 @@ class MemoryItem:
 
 @dataclass(frozen=True)
 class MeasuredMemory:
-    """Of `layers` layers. The peaks are what torch allocated; `slack` what it reserved above; `outside` context and libraries."""
+    """Bytes of `layers` layers: `peak` that torch allocated, `slack` reserved above it, `outside` for context and libraries."""
 
     layers: int
     items: list[MemoryItem]
@@ -108,6 +109,7 @@ class Measured:
     kernels: list[Kernel] = field(default_factory=list)
     collective_seconds: float | None = None  # in a step: copies that stand for all-gathers and reduce-scatters
     warmup_seconds: float | None = None
+    finite: bool = True  # the adapter, after the last step
     complete: bool = False
 
     @property
@@ -189,6 +191,8 @@ def check(measured: Measured, settings: Settings, accelerator: str) -> Iterator[
     if accelerator and measured.accelerator != accelerator:
         text = f"measured on {measured.gpu}, the config names {accelerator}: times and memory are those of {measured.gpu}"
         yield Finding("warning", "measured", text)
+    if not measured.finite:
+        yield Finding("warning", "measured", NOT_FINITE)
     if measured.extrapolated:
         yield Finding("note", "measured", f"extrapolated: {measured.extrapolated}")
     if not measured.complete:

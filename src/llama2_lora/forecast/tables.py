@@ -32,7 +32,8 @@ def _print(title: str, rows: Rows) -> None:
     console = Console(soft_wrap=False)
     if not console.is_terminal:
         console = Console(width=PIPE_WIDTH)
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
+    console.print(escape(title), style="bold")  # a table's own title folds at the table's width
+    table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True, min_width=26)
     table.add_column()
     for name, text in rows:
@@ -113,7 +114,8 @@ def show_measured(measured: Measured, account: Memory | None, rates: Rows) -> No
     """What scripts/measure.py saw. `rates`: rows that need more than the file."""
     _print(f"{measured.config}: one rank, on {measured.gpu}", _measured_rows(measured) + rates)
     if measured.memory and (account or measured.memory.items):
-        _print("Memory of the rank, GB: measured, preflight's account", _beside_rows(measured, account))
+        title = "Memory of the rank, GB: measured" + (", and preflight's account" if account else "")
+        _print(title, _beside_rows(measured, account))
     total = sum(kernel.seconds for kernel in measured.kernels)
     if total:
         rows = [(f"{k.seconds / total:6.1%}", f"{k.calls:6} x  {k.name[:KERNEL_NAME]}") for k in measured.kernels[:KERNELS]]

@@ -26,7 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llama2_lora.config.settings import Settings
 from llama2_lora.findings import Finding
-from llama2_lora.forecast.measured import Kernel, Measured, MeasuredMemory, Pass, deciding, write
+from llama2_lora.forecast.measured import NOT_FINITE, Kernel, Measured, MeasuredMemory, Pass, deciding, write
 from llama2_lora.forecast.memory import GB, Memory, memory_per_gpu, what_would_fit
 from llama2_lora.gpus import ACCELERATORS, MIB, Accelerator, accelerator_of
 from llama2_lora.judge.run import MODEL_TFLOP_PER_SEQUENCE
@@ -95,6 +95,8 @@ class Session:
             fit(self.settings, self.shape, Passes(self.settings, self.steps, self.found, self.save))
         except torch.OutOfMemoryError:
             raise ValueError(f"out of memory on {self.device.name}: {self._room()}") from None
+        if not self.found.finite:
+            self.findings.append(Finding("warning", "measured", NOT_FINITE))
 
     def save(self) -> None:
         write(self.found, self.output)
@@ -208,6 +210,8 @@ class Passes(pl.Callback):
             with first_layers(block, layers // 2):
                 _train_step(trainer, self._batches(trainer))  # the allocator's blocks of another size
                 self._time(trainer, layers // 2)
+        trained = [p for p in trainer.strategy.megatron_parallel.parameters() if p.requires_grad]
+        self.found.finite = all(bool(torch.isfinite(p).all()) for p in trained)
         self.found.complete = True
         self.save()
 

@@ -1,4 +1,4 @@
-"""The GPU to measure on, or why there is none. Imports torch and nothing heavier: a node without a GPU should hear so at once."""
+"""The GPU to measure on, or why there is none. Imports torch and nothing heavier: the answer should come at once."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ def _why_no_gpu(reason: str) -> str:
     if "not compiled with CUDA" in reason:
         return f"torch {torch.__version__} has no CUDA: measure in the image, or with PLATFORM=cpu (config_CPU_1x2x4.sh)"
     if "driver on your system is too old" in reason:
-        version = torch.version.cuda
-        return f"the NVIDIA driver is too old for CUDA {version}, which this torch was built for: update it, or take an older image"
+        return f"the NVIDIA driver is too old for this torch's CUDA {torch.version.cuda}: update it, or take an older image"
     if "no NVIDIA driver" in reason:
         return "no NVIDIA driver: run on a node with a GPU, in a container that was given it (docker run --gpus all)"
     return f"no GPU: {reason.splitlines()[0]}; is it given to this container, and CUDA_VISIBLE_DEVICES right?"

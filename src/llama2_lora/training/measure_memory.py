@@ -126,8 +126,10 @@ class _Watch:
 
 def _kind(module: str) -> str:
     """Of what a module keeps, by its name in the model."""
-    if ".layers." not in module:
+    if "decoder" not in module:
         return Names.LOGITS
+    if ".layers." not in module:
+        return Names.REST
     if ".adapter" in module:
         return Names.ADAPTERS_KEPT
     if "linear_qkv" in module or "linear_fc1" in module or "layernorm" in module:
