@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         source.dtype = DTYPES[arguments.dtype or ("fp32" if source.stored_dtype == "F32" else "bf16")]
         size = source.weight_bytes()
         print(f"source: {source.folder}, {source.shape.parameters():,} weights in {source.stored_dtype}")
+        if source.folder.parent.name == "snapshots":  # of the hub's cache
+            print(f"pin it: --source {arguments.source} --revision {source.folder.name}")
         print(f"output: {output}, {arguments.format}, {source.dtype}, {size / 1e9:.1f} GB")
         output.mkdir(parents=True, exist_ok=True)
         client.check_space(output, size - client.bytes_in(output / STAGING) if not (output / "weights").exists() else 0)

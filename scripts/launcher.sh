@@ -51,7 +51,7 @@ task_variables() {
     sed -n 's/.*_setting("\([A-Z][A-Z0-9_]*\)".*/\1/p' "${TREE}/src/llama2_lora/config/settings.py"
     printf '%s\n' MASTER_ADDR MASTER_PORT BIND PYTHON
     compgen -e | grep -E '^(NCCL|UCX|NVTE|TORCH|GLOO|CUBLAS|CUDNN)_' || true
-  } | sort -u | grep -vx CONT_MOUNTS | grep -Fxf <(compgen -e)
+  } | sort -u | grep -vxE 'CONT_MOUNTS|TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD' | grep -Fxf <(compgen -e)
 }
 
 # Runs a command in the background: bash looks at signals while it waits for a job, not while a command is in front.

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from llama2_lora.config.settings import Settings
 from llama2_lora.config.shell import source
 from llama2_lora.findings import Finding, show
-from llama2_lora.forecast.tables import show_measured
+from llama2_lora.forecast.show import show_measured
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

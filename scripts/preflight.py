@@ -19,13 +19,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llama2_lora.config.names import unknown
 from llama2_lora.config.settings import Settings, SettingsError
 from llama2_lora.config.shell import source
 from llama2_lora.findings import Finding, at_least, count, exit_status, show
 from llama2_lora.forecast.measured import Measured
 from llama2_lora.forecast.measured import read as read_measured
-from llama2_lora.forecast.plan import Plan, misspelt, plan
-from llama2_lora.forecast.tables import plot, show_plan
+from llama2_lora.forecast.plan import Plan, plan
+from llama2_lora.forecast.show import plot, show_plan
 
 NODE_PATHS = ("DATA_PATH", "CKPT_PATH", "RESULTS_PATH")  # where a node has its files, which no config says
 
@@ -49,27 +50,29 @@ def environment(config: Path | None) -> dict[str, str]:
 
 
 def examine(
-    env: dict[str, str], inside: bool, rank: Measured | None
+    config: Path | None, inside: bool, rank: Measured | None
 ) -> tuple[Plan | None, list[Finding], list[Finding] | None]:
     """The plan, unless the settings are illegal; everything to be said; and what this node's own checks found."""
+    env = environment(config)
+    names = list(unknown(env, ours=config is not None))
     try:
         settings = Settings.from_env(env)
     except SettingsError as error:
-        return None, [Finding("error", "settings", line) for line in str(error).splitlines()], None
+        return None, [*(Finding("error", "settings", problem) for problem in error.problems), *names], None
     found = plan(settings, rank)
     here = None
     if inside:
         from llama2_lora.node.files import inspect
 
         here = inspect(settings)
-    return found, [*found.findings, *misspelt(env), *at_least(here or [], "warning")], here
+    return found, [*found.findings, *names, *at_least(here or [], "warning")], here
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         rank = read_measured(arguments.measured) if arguments.measured else None
-        found, findings, inside = examine(environment(arguments.config), arguments.inside, rank)
+        found, findings, inside = examine(arguments.config, arguments.inside, rank)
         if arguments.plot and found:
             plot(found, arguments.plot)
     except (ValueError, OSError) as error:

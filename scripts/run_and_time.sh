@@ -76,6 +76,7 @@ main() {
     printf '# launcher: %s\n' "${launcher}"
     return 0
   fi
+  unset TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD # with it, loading a checkpoint runs code that stands in its files
   exec "${command[@]}"
 }
 

@@ -88,6 +88,15 @@ def test_what_shrinks_the_activations() -> None:
     assert activations(SP="0", TP_COMM_OVERLAP="0") > 1.2 * plain
 
 
+def test_evaluation_counts_where_it_needs_more_than_a_step() -> None:
+    assert gigabytes(account("B200", 1, 8, 1, **FP8), "evaluation") == 0
+    step, many = account("B200", 1, 8, 1, **FP8), account("B200", 1, 8, 1, **FP8, VAL_MBS="64")
+    a_row = 8192 * (12 * 32_000 + 8 * 28_672 + 8 * 8192) / 1e9  # logits; fc1 twice in bf16, two halves; four of width h
+    used = sum(gigabytes(step, word) for word in ("activations", "logits", "working set"))
+    assert gigabytes(many, "evaluation") == pytest.approx(64 * a_row - used, rel=1e-6)
+    assert many.total > step.total
+
+
 # Each of them trained in a published round. The account with the software of this project may be larger.
 @pytest.mark.parametrize(
     ("part", "nodes", "gpus", "minibs", "variables"),
@@ -99,6 +108,7 @@ def test_what_shrinks_the_activations() -> None:
         ("H200", 1, 8, 2, {"TP": "2", "SP": "1", **FP8}),
         ("B200", 1, 8, 1, FP8),
         ("B200", 1, 8, 2, {"CP": "2", "FP4": "1"}),
+        ("B200", 1, 8, 1, {"FP4": "1"}),
         ("GB200", 18, 4, 1, {"CP": "8", **FP8}),
         ("GB300", 2, 4, 1, FP8),
         ("MI300X", 1, 8, 1, FP8),
@@ -150,7 +160,8 @@ def test_advice_fits() -> None:
     ],
 )
 def test_part_by_name(variables: dict[str, str], part: str | None) -> None:
-    found = accelerator_of(settings(1, 8, 4, **variables).system)
+    system = settings(1, 8, 4, **variables).system
+    found = accelerator_of(system.accelerator, system.name)
     assert (found.name if found else None) == part
 
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,56 @@ def test_a_finished_folder_is_verified_without_the_hub(server: HubServer, tmp_pa
     done = subprocess.run(script, env=clean_environment(**offline), capture_output=True, text=True)
     assert done.returncode == 1
     assert "common.pt has another hash" in done.stderr
+
+
+def test_a_stopped_call_goes_on_with_the_revision_that_it_found(server: HubServer, tmp_path: Path) -> None:
+    """The branch moves on in the meantime; the commit is printed as it can be given."""
+    folder = tmp_path / "model"
+    server.status["weights/common.pt"] = (403, "")
+    stopped = fetch(server, folder)
+    assert stopped.returncode == 1
+    assert f"pin it: --repository {NAME} --revision {COMMIT}\n" in stopped.stdout
+    server.status = {"": (500, "")}  # nobody asks what the branch names now
+    assert fetch(server, folder).returncode == 0
+    assert (folder / "weights/common.pt").read_bytes() == b"c"
+
+
+def test_two_calls_into_one_folder(server: HubServer, tmp_path: Path) -> None:
+    """The second one is told who is there, the first one completes."""
+    folder = tmp_path / "model"
+    server.pause_at[f"{WHOLE}.part-00"] = 0
+    command = server.command("download_model.py", "--model_dir", folder, "--repository", NAME)
+    with subprocess.Popen(command, env=server.environment(tmp_path), stderr=subprocess.DEVNULL) as first:
+        assert server.paused.wait(30)
+        second = fetch(server, folder)
+        server.go_on.set()
+        assert first.wait(60) == 0
+    assert second.returncode == 1
+    assert f"error: {folder} is being written by process {first.pid} on " in second.stderr
+    assert WHOLE in tree(folder)
+    assert not (folder / ".lock").exists()
+
+
+def test_a_file_that_goes_while_the_others_come_is_missed(server: HubServer, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    slow = "weights/module.decoder.layers.mlp.linear_fc1.weight/0.1.0"
+    server.pause_at[slow] = 0
+    command = server.command("download_model.py", "--model_dir", folder, "--repository", NAME)
+    with subprocess.Popen(command, env=server.environment(tmp_path), stderr=subprocess.PIPE, text=True) as process:
+        assert server.paused.wait(30)
+        arrived = folder / ".download/weights/common.pt"
+        deadline = time.monotonic() + 30
+        while not arrived.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.5)  # until it is verified
+        arrived.unlink()
+        server.go_on.set()
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"{arrived} was changed or removed while the others came: run the command again" in stderr
+    assert not (folder / "weights").exists()
+    assert fetch(server, folder).returncode == 0
 
 
 def test_weights_that_another_program_made_are_not_replaced(server: HubServer, tmp_path: Path) -> None:

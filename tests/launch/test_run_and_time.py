@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,10 @@ def gpu_host(tmp_path):
 def test_binding_is_left_out_where_the_cores_of_a_gpu_are_not_known(gpu_host):
     assert "taskset" not in dry_run(gpu_host).stdout
     assert dry_run(gpu_host | {"BIND": "none"}).returncode == 0
+
+
+def test_torch_is_not_told_to_run_code_from_checkpoints():
+    environment = os.environ | {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1", "PYTHON": sys.executable, "BIND": "none"}
+    show = "import os; print(os.environ.get('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', 'unset'))"
+    command = [SCRIPT, "-c", show]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout == "unset\n"

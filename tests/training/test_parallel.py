@@ -44,7 +44,7 @@ def worker(environments: dict[str, dict[str, str]]) -> None:
 
 def run_layouts(tiny: Tiny, results: Path, layouts: dict[str, dict[str, str]], ranks: int) -> dict[str, str]:
     """Run the worker on `ranks` processes; return each layout's log."""
-    short = {"MAX_STEPS": str(STEPS), "EVAL_EVERY_SEQUENCES": "40", "LORA_DROPOUT": "0", "DGXNGPU": str(ranks)}
+    short = {"MAX_STEPS": str(STEPS), "EVAL_EVERY_SEQUENCES": "40", "DGXNGPU": str(ranks)}
     environments = {
         name: tiny.environment(results, **(short | layout)) | {"MASTER_PORT": free_port()} for name, layout in layouts.items()
     }

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import io
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -12,7 +16,7 @@ import yaml
 from helpers.tiny_llama import TINY, write_llama
 from llama2_lora.llama2 import adapter_shapes
 from llama2_lora.weights.checkpoint import check_checkpoint, read_adapter, read_shape, write_adapter
-from llama2_lora.weights.convert import convert
+from llama2_lora.weights.convert import convert, verify
 from llama2_lora.weights.huggingface import HFModel
 
 
@@ -77,7 +81,7 @@ def test_missing_and_misshaped_tensors_are_named(zarr):
     header.write_text(json.dumps(json.loads(header.read_text()) | {"shape": [31]}))
     with pytest.raises(ValueError, match=r"output_layer\.weight is missing") as error:
         check_checkpoint(zarr, TINY)
-    assert "linear_fc1.weight has 7 of 8 chunks" in str(error.value)
+    assert "linear_fc1.weight lacks 1 of 8 chunks, such as 3.1.0" in str(error.value)
     assert "final_layernorm.weight has the shape (31,)" in str(error.value)
     assert "convert_model.py" in str(error.value)
 
@@ -131,3 +135,112 @@ def test_damaged_or_missing_adapter(tmp_path):
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(ValueError, match="damaged"):
         read_adapter(tmp_path / "adapter")
+
+
+# Pickles: training and --verify would run them ------------------------------------------------------------------------
+
+RAN: list[str] = []
+
+
+class Evil:
+    def __reduce__(self):
+        return RAN.append, ("code ran",)
+
+
+def torch_bytes(value):
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def evil_index(checkpoint):
+    (checkpoint / "weights/.metadata").write_bytes(pickle.dumps({"state_dict_metadata": Evil()}))
+
+
+def evil_object_in_the_index(checkpoint):
+    """torch loads the objects of this format with weights_only=False."""
+    import torch
+
+    index = pickle.loads((checkpoint / "weights/.metadata").read_bytes())
+    data = torch_bytes([Evil()])
+    (checkpoint / "weights/evil.distcp").write_bytes(data)
+    key = next(key for key in index.storage_data if "_extra_state" in key.fqn)
+    index.storage_data[key] = torch.distributed.checkpoint.filesystem._StorageInfo("evil.distcp", 0, len(data))
+    (checkpoint / "weights/.metadata").write_bytes(pickle.dumps(index))
+
+
+def evil_common(checkpoint):
+    (checkpoint / "weights/common.pt").write_bytes(torch_bytes({"a": Evil()}))
+
+
+def evil_common_that_is_no_zip_file_at_its_start(checkpoint):
+    """By the first bytes torch.load takes it for one pickle; zipfile finds the archive at its end."""
+    (checkpoint / "weights/common.pt").write_bytes(pickle.dumps(Evil()) + torch_bytes({}))
+
+
+def evil_bytes_that_transformer_engine_would_unpickle(checkpoint):
+    import torch
+
+    state = torch.frombuffer(bytearray(pickle.dumps(Evil())), dtype=torch.uint8)
+    path = checkpoint / "weights/module.decoder.final_layernorm._extra_state/shard_0_1.pt"
+    path.write_bytes(torch_bytes(state))
+
+
+@pytest.mark.parametrize(
+    ("format", "damage"),
+    [
+        ("torch_dist", evil_index),
+        ("torch_dist", evil_object_in_the_index),
+        ("torch_dist", evil_common),
+        ("zarr", evil_common),
+        ("zarr", evil_common_that_is_no_zip_file_at_its_start),
+        ("zarr", evil_bytes_that_transformer_engine_would_unpickle),
+    ],
+)
+def test_a_pickle_that_would_run_code_is_refused_before_anything_loads_it(converted, tmp_path, format, damage):
+    checkpoint = shutil.copytree(converted / format, tmp_path / format)
+    damage(checkpoint)
+    with pytest.raises(ValueError, match=r"asks for '(builtins|__builtin__)\.getattr'|is no file of torch\.save") as refusal:
+        check_checkpoint(checkpoint, TINY)
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(ValueError, match=r"asks for|is no file"):
+        verify(HFModel(converted / "hf"), checkpoint)
+    assert RAN == []
+
+
+def test_what_torch_and_te_save_is_accepted(converted, tmp_path):
+    """Tensors and plain values in common.pt, bytes of a harmless state, as Transformer Engine keeps it."""
+    import torch
+
+    checkpoint = shutil.copytree(converted / "zarr", tmp_path / "zarr")
+    common = {"epoch": 1, "dtype": torch.bfloat16, "t": torch.ones(3), "o": collections.OrderedDict(a=1), "n": [None, "x"]}
+    (checkpoint / "weights/common.pt").write_bytes(torch_bytes(common))
+    state = torch.frombuffer(bytearray(pickle.dumps({"recipe": 1})), dtype=torch.uint8)
+    for name, value in (("mlp.linear_fc1", state), ("mlp.linear_fc2", io.BytesIO(b"x")), ("self_attention.linear_qkv", None)):
+        (checkpoint / f"weights/module.decoder.layers.{name}._extra_state/shard_0_4.pt").write_bytes(torch_bytes(value))
+    check_checkpoint(checkpoint, TINY)
+
+
+def test_chunks_are_known_by_name_and_size(zarr):
+    array = zarr / "weights/module.decoder.layers.mlp.linear_fc1.weight"
+    (array / "0.0.0").rename(array / "0_0_0")  # zarr would read zeros
+    with pytest.raises(ValueError, match=r"lacks 1 of 8 chunks, such as 0\.0\.0, and has '0_0_0' instead"):
+        check_checkpoint(zarr, TINY)
+    (array / "0_0_0").rename(array / "0.0.0")
+    (array / "0.0.0").write_bytes((array / "0.0.0").read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"linear_fc1\.weight/0\.0\.0 has 6143 bytes, must have 6144"):
+        check_checkpoint(zarr, TINY)
+
+
+def test_a_torch_dist_checkpoint_is_looked_through_before_torch_is_there(converted, tmp_path):
+    checkpoint = shutil.copytree(converted / "torch_dist", tmp_path / "torch_dist")
+    with pytest.raises(ValueError, match=r"is torch\.float32, training holds it in torch\.bfloat16"):
+        check_checkpoint(checkpoint, TINY, "BF16")
+    with pytest.raises(ValueError, match="the context asks for"):
+        check_checkpoint(checkpoint, dataclasses.replace(TINY, vocab=64))
+    (checkpoint / "weights/__0_3.distcp").write_bytes(b"cut")
+    (checkpoint / "weights/__0_4.distcp").unlink()
+    with pytest.raises(ValueError, match=r"__0_3\.distcp has 3 bytes, of which .*__0_4\.distcp, of .* is missing"):
+        check_checkpoint(checkpoint, TINY)

@@ -242,6 +242,18 @@ def test_verify_names_a_damaged_tensor(tmp_path, format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_two_conversions_give_the_same_bytes(tmp_path, format):
+    source = write_llama(tmp_path / "hf")
+    made = []
+    for name, seed in (("first", "1"), ("second", "2")):
+        done = script("--source", source, "--output_path", tmp_path / name, "--format", format, PYTHONHASHSEED=seed)
+        assert done.returncode == 0, done.stderr
+        made.append(files(tmp_path / name))
+        time.sleep(2)  # the resolution of times in zip files
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_kill_leaves_nothing_that_looks_complete_and_the_next_call_goes_on(tmp_path, format):
     shape = dataclasses.replace(TINY, layers=40)
     write_llama(tmp_path / "hf", shape)

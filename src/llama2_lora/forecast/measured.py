@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar
 
-from llama2_lora.config.settings import Settings, value_of
+from llama2_lora.config.settings import Settings
 from llama2_lora.findings import Finding
 from llama2_lora.forecast.memory import Item, Memory
 
@@ -152,7 +152,7 @@ class Measured:
 
 
 def deciding(settings: Settings) -> dict[str, Any]:
-    return {name: value_of(settings, name) for name in DECIDING}
+    return {name: settings.value(name) for name in DECIDING}
 
 
 def write(measured: Measured, path: Path) -> None:

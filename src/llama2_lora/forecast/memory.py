@@ -51,9 +51,16 @@ class Software:
     fp8_swiglu_input: bool = False  # whatever FP8_ACT says
     keeps_dropout_masks: bool = True  # submissions recompute them
     keeps_bf16_beside_fp4: bool = True
+    fp8_attention_beside_fp4: bool = False
 
 
-PUBLISHED = Software(keeps_transposes=False, fp8_swiglu_input=True, keeps_dropout_masks=False, keeps_bf16_beside_fp4=False)
+PUBLISHED = Software(
+    keeps_transposes=False,
+    fp8_swiglu_input=True,
+    keeps_dropout_masks=False,
+    keeps_bf16_beside_fp4=False,
+    fp8_attention_beside_fp4=True,
+)
 
 
 @dataclass(frozen=True)
@@ -95,12 +102,13 @@ def memory_per_gpu(settings: Settings, shape: LlamaShape, accelerator: Accelerat
 
 
 def items(settings: Settings, shape: LlamaShape, accelerator: Accelerator, software: Software) -> tuple[Item, ...]:
+    micro = settings.batch.micro
+    step = [*_activations(settings, shape, software), _logits(settings, shape, micro), _working_set(settings, shape, micro)]
     found = [
         *_weights(settings, shape, accelerator, software),
         *_adapter(settings, shape),
-        *_activations(settings, shape, software),
-        *_logits(settings, shape),
-        _working_set(settings, shape),
+        *step,
+        _evaluation(settings, shape, sum(item.bytes for item in step)),
     ]
     slack = ALLOCATOR_SLACK * sum(item.bytes for item in found)
     found += [Item("allocator slack", slack, "E"), *_libraries(settings, shape)]
@@ -128,7 +136,7 @@ def _weights(settings: Settings, shape: LlamaShape, accelerator: Accelerator, so
         found.append(Item(what, (FP8 + blocks) * linear, "T"))
         if p.fp8_recipe == "mxfp8":  # its scales run along one axis, so each direction has its own copy
             found.append(Item("FP8 copies for the backward", (FP8 + blocks) * linear, "T"))
-        elif accelerator.tn_only and (software.keeps_transposes or not p.fp8_weights):
+        elif accelerator.needs_fp8_transposes and (software.keeps_transposes or not p.fp8_weights):
             found.append(Item("FP8 transposes for the backward", FP8 * linear, "T"))
     return found
 
@@ -151,7 +159,7 @@ def layer_activations(settings: Settings, shape: LlamaShape, software: Software)
     tokens = settings.batch.sequence_length / layout.cp * settings.batch.micro
     sharded = t if layout.sequence_parallel else 1  # of what lies between the tensor-parallel regions
     residual = tokens * shape.hidden / sharded
-    attention = FP8 if p.fp8_attention else BF16
+    attention = FP8 if p.fp8_attention or (p.fp4 and software.fp8_attention_beside_fp4) else BF16
     qkv, out = tokens * shape.qkv_rows / t, tokens * shape.hidden / t
     # The overlap leaves the gathering to the adapter, after its dropout (get_adapter_attributes_from_linear).
     masked = residual if settings.performance.tp_comm_overlap else tokens * shape.hidden
@@ -195,18 +203,26 @@ def _activations(settings: Settings, shape: LlamaShape, software: Software) -> l
     ]
 
 
-def _logits(settings: Settings, shape: LlamaShape) -> list[Item]:
+def _logits(settings: Settings, shape: LlamaShape, micro: int) -> Item:
     """bf16 logits, their fp32 copy, the softmax kept for the backward, and the bf16 gradient."""
-    tokens = settings.batch.sequence_length / settings.parallel.cp * settings.batch.micro
-    return [Item("logits and cross entropy", (2 * BF16 + 2 * FP32) * tokens * shape.vocab / settings.parallel.tp, "M")]
+    tokens = settings.batch.sequence_length / settings.parallel.cp * micro
+    return Item("logits and cross entropy", (2 * BF16 + 2 * FP32) * tokens * shape.vocab / settings.parallel.tp, "M")
 
 
-def _working_set(settings: Settings, shape: LlamaShape) -> Item:
+def _working_set(settings: Settings, shape: LlamaShape, micro: int) -> Item:
     """Of the largest layer backward, the MLP: gradients of fc1's output twice, and four tensors of the width h."""
     layout = settings.parallel
-    tokens = settings.batch.sequence_length / layout.cp * settings.batch.micro
+    tokens = settings.batch.sequence_length / layout.cp * micro
     size = 2 * BF16 * tokens * 2 * shape.ffn / layout.tp + 4 * BF16 * tokens * shape.hidden
     return Item("working set of one layer", size, "E")
+
+
+def _evaluation(settings: Settings, shape: LlamaShape, step_bytes: float) -> Item:
+    """What an evaluation needs above a training step. It keeps no activations: one layer's and the logits, which are
+    counted as in training, though there is no gradient."""
+    micro = settings.batch.validation_micro
+    needed = _logits(settings, shape, micro).bytes + _working_set(settings, shape, micro).bytes
+    return Item(f"evaluation with VAL_MBS={micro}, beyond a step", max(0.0, needed - step_bytes), "E")
 
 
 def _libraries(settings: Settings, shape: LlamaShape) -> list[Item]:
@@ -234,6 +250,8 @@ def _savings(settings: Settings, shape: LlamaShape) -> Iterator[tuple[str, Setti
     def changed(**performance: Any) -> Settings:
         return replace(settings, performance=replace(settings.performance, **performance))
 
+    if settings.batch.validation_micro > 1:
+        yield "VAL_MBS=1", replace(settings, batch=replace(settings.batch, validation_micro=1))
     if settings.precision.fp8 and not settings.precision.fp8_swiglu:
         yield "FP8_ACT=1", replace(settings, precision=replace(settings.precision, fp8_swiglu=True))
     if settings.parallel.pp == 1:

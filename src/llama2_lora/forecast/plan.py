@@ -6,13 +6,15 @@ would be no result, a `warning` should be looked at. No torch, no files, no GPU.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from llama2_lora.config import rules, schedule
-from llama2_lora.config.settings import FIXED_IN_CLOSED, Settings, value_of, variables, walltime_minutes
+from llama2_lora.config.conflicts import FIXED_IN_CLOSED
+from llama2_lora.config.settings import FIELDS, Settings
+from llama2_lora.config.shapes import shape_conflicts
+from llama2_lora.config.values import walltime_minutes
 from llama2_lora.findings import Finding, at_least, exit_status
 from llama2_lora.forecast import convergence, measured
 from llama2_lora.forecast.convergence import Convergence
@@ -111,7 +113,7 @@ class Plan:
 def plan(settings: Settings, rank: measured.Measured | None = None) -> Plan:
     """Everything of one config; `rank` is what scripts/measure.py saw of one of its ranks."""
     system, rehearsal = settings.system, _rehearsal(settings)
-    part = None if rehearsal else accelerator_of(system)
+    part = None if rehearsal else accelerator_of(system.accelerator, system.name)
     reference = None if rehearsal else convergence.expected(settings.global_batch_size)
     memory = None if part is None else memory_per_gpu(settings, LLAMA2_70B, part)
     about_rank = () if rank is None else tuple(measured.check(rank, settings, part.name if part else ""))
@@ -138,9 +140,11 @@ def plan(settings: Settings, rank: measured.Measured | None = None) -> Plan:
         findings=(
             *at_least(kept, "warning"),
             *about_rank,
+            *_shape_findings(settings),
             *_convergence_findings(settings, reference),
             *_memory_findings(settings, part, memory),
             *_time_findings(settings, times),
+            *_submission_findings(settings),
         ),
     )
 
@@ -201,7 +205,7 @@ def _rehearsal(settings: Settings) -> bool:
 def rule_checks(settings: Settings) -> Iterator[Finding]:
     """What the rules ask and what the config does. Settings already refuse most violations in the closed division."""
     gbs, run, trials = settings.global_batch_size, settings.run, settings.system.trials
-    changed = [name for name, fixed in FIXED_IN_CLOSED.items() if value_of(settings, name) != fixed]
+    changed = [name for name, fixed in FIXED_IN_CLOSED.items() if settings.value(name) != fixed]
     closed = settings.submission.division == "closed"
     yield _rule("division", closed, settings.submission.division, "§4")
     yield _rule("fixed hyperparameters", not changed, ", ".join(changed) or "as the rules fix them", "§9.1")
@@ -219,6 +223,11 @@ def rule_checks(settings: Settings) -> Iterator[Finding]:
 
 def _rule(name: str, kept: bool, text: str, paragraph: str, broken: str = "warning") -> Finding:
     return Finding("ok" if kept else broken, name, f"{name}: {text}", paragraph)
+
+
+def _shape_findings(settings: Settings) -> Iterator[Finding]:
+    if not _rehearsal(settings):  # whose model is the checkpoint's: preflight --inside and train.py look at it
+        yield from (Finding("error", "model", problem) for problem in shape_conflicts(settings, LLAMA2_70B))
 
 
 # ---- Convergence, memory, time ---------------------------------------------------------------------------------------
@@ -262,8 +271,6 @@ def _memory_findings(settings: Settings, part: Accelerator | None, found: Memory
         yield Finding("warning", "memory", f"will likely run out of memory: {need}; {least}")
     if found.verdict == "no":
         yield Finding("error", "memory", f"does not fit: {need}")
-    if settings.precision.fp4 and part.fp4_tflops is None:
-        yield Finding("error", "precision", f"FP4=1: {part.name} has no FP4 units; set FP8=1 instead")
 
 
 def _times(settings: Settings, part: Accelerator, steps: float, rank: measured.Measured | None) -> Times:
@@ -294,9 +301,12 @@ def _time_findings(settings: Settings, times: Times | None) -> Iterator[Finding]
         yield Finding("warning", "walltime", f"WALLTIME={walltime}: {text}")
 
 
-def misspelt(names: Iterable[str]) -> Iterator[Finding]:
-    """Exported names that nothing reads but that look like a setting's."""
-    known = variables()
-    for name in sorted(set(names) - known):
-        if close := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
-            yield Finding("warning", "unknown variable", f"{name}: nothing reads it; is {close[0]} meant?")
+def _submission_findings(settings: Settings) -> Iterator[Finding]:
+    """What package_submission.py would refuse once ten runs are paid for."""
+    s = settings.submission
+    if _rehearsal(settings) or s.division != "closed" or settings.system.trials < rules.RUNS_PER_RESULT:
+        return
+    unset = [name for name in ("MLPERF_SUBMITTER", "MLPERF_SYSTEM_NAME") if settings.value(name) == FIELDS[name][1].default]
+    if unset:
+        text = f"{' and '.join(unset)}: not set: {settings.system.trials} runs of the closed division could not be submitted"
+        yield Finding("warning", "submission", f"{text}; export it, or try with NEXP=1 first")

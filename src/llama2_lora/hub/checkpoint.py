@@ -26,39 +26,47 @@ def fetch(asked: Repository, model_dir: Path) -> None:
     """Bring the checkpoint to `model_dir`, or verify the one that is there; says on stdout what it does. OSError, with one
     sentence, where that fails."""
     started = time.monotonic()
-    repository, listed = remembered(model_dir, asked) or client.list_files(asked, [f"{part}/*" for part in PARTS])
+    repository, listed = (
+        remembered(model_dir / MANIFEST, asked)
+        or remembered(model_dir / STAGING / MANIFEST, asked)  # a call that was stopped: the branch may have moved on since
+        or client.list_files(asked, [f"{part}/*" for part in PARTS])
+    )
     for needed in ("context/io.json", "weights/metadata.json"):
         if needed not in (file.path for file in listed):
             raise HubError(f"{repository.id} holds no NeMo checkpoint: it has no {needed}")
     total = sum(file.bytes for file in listed)
     print(f"{repository.id} at {repository.revision}: {len(listed)} files, {total / 1e9:.1f} GB", flush=True)
+    print(f"pin it: --repository {repository.id} --revision {repository.revision}", flush=True)
     if (model_dir / PARTS[-1]).exists():
         verify_present(model_dir, listed, PARTS)
     else:
         with files.lock(model_dir / ".lock"):
             there = [part for part in PARTS if (model_dir / part).exists()]
             verify_present(model_dir, listed, there)
+            remember(model_dir / STAGING / MANIFEST, asked, repository.revision, listed)
             bring([file for file in listed if _part(file) not in there], repository, model_dir)
-    remember(model_dir, asked, repository.revision, listed)
+    remember(model_dir / MANIFEST, asked, repository.revision, listed)
     print(f"{model_dir}: complete, every size and hash is the hub's ({time.monotonic() - started:.0f} s)")
 
 
-def remembered(model_dir: Path, asked: Repository) -> tuple[Repository, list[RemoteFile]] | None:
-    """The hub's list of a finished download of the same repository and revision; None where there is none."""
+def remembered(path: Path, asked: Repository) -> tuple[Repository, list[RemoteFile]] | None:
+    """What the hub listed of the same repository and revision in an earlier call; None where no whole manifest says so."""
     try:
-        manifest = json.loads((model_dir / MANIFEST).read_text())
+        manifest = json.loads(path.read_text())
         same = manifest["repository"] == asked.id and asked.revision in (manifest["asked"], manifest["commit"])
-        listed = [RemoteFile(*entry) for entry in manifest["files"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        listed = [RemoteFile(str(name), int(size), str(digest)) for name, size, digest in manifest["files"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    if any(file.path.split("/")[0] not in PARTS or ".." in file.path.split("/") for file in listed):
         return None
     return (asked._replace(revision=manifest["commit"]), listed) if same else None
 
 
-def remember(model_dir: Path, asked: Repository, commit: str, listed: Sequence[RemoteFile]) -> None:
-    """Write the manifest of a finished download, unless it is there: the folder may be on a read-only mount by now."""
-    if remembered(model_dir, asked) is None:
+def remember(path: Path, asked: Repository, commit: str, listed: Sequence[RemoteFile]) -> None:
+    """Write a manifest, unless it is there: the folder may be on a read-only mount by now."""
+    if remembered(path, asked) is None:
         manifest = {"repository": asked.id, "asked": asked.revision, "commit": commit, "files": listed}
-        with files.new_file(model_dir / MANIFEST) as file:
+        with files.new_file(path) as file:
             file.write(json.dumps(manifest, indent=1).encode())
 
 

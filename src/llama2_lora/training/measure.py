@@ -81,7 +81,7 @@ class Session:
             raise ValueError(f"--layers {layers}: a rank of this config has {stage}")
         self.layers = layers or stage
         self.shape = replace(whole, layers=self.layers * settings.parallel.pp)
-        self.part = accelerator_of(settings.system)
+        self.part = accelerator_of(settings.system.accelerator, settings.system.name)
         self.findings = list(self._about_device())
         self.account = self._account(whole)
         self._refuse_what_cannot_fit()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from llama2_lora.config.settings import Settings
-from llama2_lora.gpus import accelerator_in
+from llama2_lora.gpus import named_in
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def device_of(settings: Settings) -> Device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(_why_no_gpu(str(error))) from None
     properties = torch.cuda.get_device_properties(0)
-    part = accelerator_in(properties.name)
+    part = named_in(properties.name)
     return Device(properties.name, part.name if part else "", properties.total_memory, str(torch.version.cuda))
 
 

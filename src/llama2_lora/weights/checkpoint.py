@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llama2_lora import files
-from llama2_lora.llama2 import EMBEDDING, LlamaShape, Stack, adapter_shapes, stacks
+from llama2_lora.llama2 import EMBEDDING, LlamaShape, adapter_shapes, stacks
 from llama2_lora.weights.context import TOKENIZER, read_model_yaml
+from llama2_lora.weights.stored import PREFIX, torch_dist_problems, weights_format, zarr_header, zarr_problems
 
 AGAIN = "run scripts/convert_model.py or scripts/download_model.py again"
-PREFIX = "module."  # NeMo's name for the model inside its Lightning module
-ZARR_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "bfloat16"}  # safetensors' names -> zarr's
 ADAPTER_JSON, ADAPTER_TENSORS = "adapter.json", "adapter.safetensors"
 
 
@@ -31,7 +29,7 @@ def read_shape(folder: Path) -> LlamaShape:
     if knows_vocab:
         return shape
     # NeMo's own contexts may leave the vocabulary to the tokenizer; the embedding has it, padded as the model has.
-    header = _zarr_header(folder / "weights" / (PREFIX + EMBEDDING))
+    header = zarr_header(folder / "weights" / (PREFIX + EMBEDDING))
     if header is None:
         raise ValueError(f"{folder}: neither context/model.yaml nor the weights tell the vocabulary's size")
     return dataclasses.replace(shape, vocab=header["shape"][0])
@@ -42,7 +40,7 @@ def check_checkpoint(folder: Path, shape: LlamaShape, dtype: str | None = None) 
 
     dtype: "BF16" or "F32", in which training holds the weights, to check as well. NeMo's data-parallel ranks share the
     reading and exchange what they read; in the zarr format another dtype then becomes garbage, without an error.
-    Reads names and headers, no weights: a fraction of a second on a network file system.
+    Reads names, headers and indexes, no weights, and refuses pickles that would run code: they are not loaded.
     """
     folder = Path(folder)
     problems = [f"{name} is missing" for name in ("context/io.json", "weights/common.pt") if not (folder / name).is_file()]
@@ -52,47 +50,14 @@ def check_checkpoint(folder: Path, shape: LlamaShape, dtype: str | None = None) 
     weights = folder / "weights"
     match weights_format(folder):
         case "zarr":
-            problems += [problem for stack in stacks(shape) if (problem := _zarr_problem(weights, stack, dtype))]
+            problems += zarr_problems(weights, stacks(shape), dtype)
         case "torch_dist":
-            if not (weights / ".metadata").is_file() or not any(weights.glob("*.distcp")):
-                problems.append("weights/.metadata or weights/*.distcp is missing")
+            problems += torch_dist_problems(weights, stacks(shape), dtype)
         case other:
             problems.append(f"weights/metadata.json names the format {other}: must be zarr or torch_dist")
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"{folder}: {'; '.join(problems[:5])}{more}: {AGAIN}")
-
-
-def weights_format(folder: Path) -> str | None:
-    """ "zarr" or "torch_dist", as Megatron finds it; None where there is no whole checkpoint."""
-    try:
-        return json.loads((Path(folder) / "weights" / "metadata.json").read_text())["sharded_backend"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _zarr_header(array: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((array / ".zarray").read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _zarr_problem(weights: Path, stack: Stack, dtype: str | None) -> str | None:
-    array = weights / (PREFIX + stack.name)
-    header = _zarr_header(array)
-    if header is None:
-        return f"weights/{array.name} is missing"
-    if (found := tuple(header["shape"])) != stack.shape:
-        return f"weights/{array.name} has the shape {found}, the context asks for {stack.shape}"
-    if dtype and header["dtype"] != ZARR_DTYPES[dtype]:
-        return f"weights/{array.name} is {header['dtype']}, training holds it in {ZARR_DTYPES[dtype]} (--dtype)"
-    # A missing chunk would be read as zeros. Other programs may cut other chunks than ours: the header says.
-    expected = math.prod(-(-size // piece) for size, piece in zip(found, header["chunks"], strict=True))
-    chunks = sum(1 for path in array.iterdir() if path.name[0] != ".")
-    if chunks != expected:
-        return f"weights/{array.name} has {chunks} of {expected} chunks"
-    return None
 
 
 # The adapter ------------------------------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ from typing import Any
 
 from llama2_lora import files
 from llama2_lora.llama2 import chunks
-from llama2_lora.weights.checkpoint import check_checkpoint, read_shape, weights_format
+from llama2_lora.weights.checkpoint import check_checkpoint, read_shape
 from llama2_lora.weights.context import read_provenance, write_context
 from llama2_lora.weights.formats import LAYOUTS, Progress, write_common
 from llama2_lora.weights.huggingface import HFModel
+from llama2_lora.weights.stored import weights_format
 
 STAGING = ".partial"
 

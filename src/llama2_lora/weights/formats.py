@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llama2_lora import files
+from llama2_lora import files, pickles
 from llama2_lora.llama2 import FINAL_NORM, Chunk, LlamaShape, Stack, chunks, stacks
-from llama2_lora.weights.checkpoint import PREFIX, ZARR_DTYPES
 from llama2_lora.weights.context import TORCH_DTYPES
 from llama2_lora.weights.huggingface import HFModel
+from llama2_lora.weights.stored import PREFIX, ZARR_DTYPES
 
 Progress = Callable[[int], None]  # called with the bytes done since the last call
 # Modules of Transformer Engine that keep a state of their own, in every layer; so does the final norm.
@@ -105,7 +105,9 @@ class TorchDist:
         import torch
         from torch.distributed.checkpoint.metadata import MetadataIndex
 
-        index = pickle.loads((weights / ".metadata").read_bytes())
+        data = (weights / ".metadata").read_bytes()
+        pickles.load(io.BytesIO(data), pickles.INDEX_NAMES)  # ValueError where it asks for more
+        index = pickle.loads(data)
 
         def read(chunk: Chunk) -> BinaryIO:
             place = index.storage_data[MetadataIndex(PREFIX + chunk.stack.name, torch.Size(chunk.offset))]
@@ -165,8 +167,8 @@ def extra_states(shape: LlamaShape) -> list[str]:
 def _torch_bytes(value: Any) -> bytes:
     """What torch.save writes for a value without tensors: a zip file with a pickle."""
     buffer = io.BytesIO()
+    entries = {"data.pkl": pickle.dumps(value, protocol=2), "byteorder": b"little", "version": b"3\n"}
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("archive/data.pkl", pickle.dumps(value, protocol=2))
-        archive.writestr("archive/byteorder", "little")
-        archive.writestr("archive/version", "3\n")
+        for name, content in entries.items():
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)  # dated 1980: the same bytes in every conversion
     return buffer.getvalue()

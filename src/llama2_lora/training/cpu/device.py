@@ -19,7 +19,14 @@ import torch
 import torch._dynamo
 from torch.overrides import TorchFunctionMode
 
+from llama2_lora.config.settings import Precision
+
 HOPPER, BLACKWELL = (9, 0), (10, 0)  # compute capabilities: what Transformer Engine chooses kernels by
+
+
+def capability_for(precision: Precision) -> tuple[int, int]:
+    """The first part that computes in this precision."""
+    return BLACKWELL if precision.fp4 or (precision.fp8 and precision.fp8_recipe == "mxfp8") else HOPPER
 
 
 class Stream:
@@ -130,7 +137,7 @@ class CudaIsCpu(TorchFunctionMode):
             # Megatron sorts parameters and checks gradients by type name: clip_grad_by_total_norm_fp32 and the
             # distributed optimizer refuse any but 'torch.cuda.FloatTensor'.
             return func(*args).replace("torch.", "torch.cuda.", 1)
-        if func is torch.Tensor.backward:
+        if func in (torch.Tensor.backward, torch.autograd.backward):
             with self:  # a mode is off inside the function that it answers for, and so in the whole backward pass
                 return func(*args, **(kwargs or {}))
         if func is torch.Tensor.to:
