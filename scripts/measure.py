@@ -17,7 +17,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
@@ -53,6 +53,14 @@ def rank_zero(config: Path) -> Settings:
     return Settings.from_env(exports)
 
 
+def platform(settings: Settings) -> AbstractContextManager[None]:
+    if settings.system.platform == "gpu":
+        return nullcontext()
+    from llama2_lora.training.cpu import capability_for, cpu_platform
+
+    return cpu_platform(capability_for(settings.precision))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
@@ -63,16 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     warnings.simplefilter("ignore")
     output = arguments.output or Path(f"measured_{settings.system.name}.json")
-    if settings.system.platform == "cpu":
-        from llama2_lora.training.cpu import cpu_platform as platform
-    else:
-        platform = nullcontext
     status, session = 0, None
     try:
         from llama2_lora.training.measure_device import device_of
 
         device = device_of(settings)
-        with platform():
+        with platform(settings):
             from llama2_lora.training.measure import Session
 
             session = Session(settings, device, arguments.layers, arguments.steps, output)

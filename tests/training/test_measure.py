@@ -72,7 +72,7 @@ def test_memory_by_hand(default: tuple) -> None:
 
 def test_a_few_layers_in_fp8_over_a_world_of_eight(tmp_path: Path) -> None:
     """TP, CP, SP, DP, FP8 weights and userbuffers asked for: one process of eight, 2 of 4 layers."""
-    config = tmp_path / "config_FEW.sh"
+    config = tmp_path / "config_CPU_2x4x4.sh"
     changes = "DGXSYSTEM=CPU_2x4x4 DGXNNODES=2 DGXNGPU=4 TP=2 CP=2 SP=1 MBS=2 VAL_MBS=2 FP8=1 FP8_PARAMS=1 TP_COMM_OVERLAP=1"
     config.write_text(f"source {ROOT}/config_CPU_1x2x4.sh\nexport {changes}\n")
     done = run(config, "--layers", "2", "--steps", "2", "--output", "few.json", folder=tmp_path)

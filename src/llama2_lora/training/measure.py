@@ -37,7 +37,7 @@ from llama2_lora.training import recipe
 from llama2_lora.training.data import GovReport, synthetic_batches
 from llama2_lora.training.measure_device import Device
 from llama2_lora.training.measure_memory import kept_for_backward, memory_items
-from llama2_lora.training.run import no_garbage_collection, quiet_libraries
+from llama2_lora.training.run import no_garbage_collection, quiet_libraries, unset_attention_choices
 from llama2_lora.training.warmup import _train_step, _validation_step, warm_up
 
 SEED = 1
@@ -171,6 +171,7 @@ def software(device: Device) -> dict[str, str]:
 def fit(settings: Settings, shape: LlamaShape, passes: Passes) -> None:
     """Build what train.py builds, without a checkpoint. The environment must name rank 0 of the config's world."""
     quiet_libraries()
+    unset_attention_choices()
     strategy = recipe.build_strategy(settings, SEED, FakeStore())
     strategy._process_group_backend = "fake"
     strategy.restore_config = None
