@@ -18,11 +18,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llama2_lora.config.names import unknown
 from llama2_lora.config.settings import Settings, SettingsError
 from llama2_lora.config.shell import source
 from llama2_lora.findings import Finding, at_least, count, exit_status, show
+from llama2_lora.forecast.cost import Rates, cost, positive
 from llama2_lora.forecast.measured import Measured
 from llama2_lora.forecast.measured import read as read_measured
 from llama2_lora.forecast.plan import Plan, plan
@@ -38,6 +40,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw LR, evaluations and memory (.png, .svg, .pdf)")
     parser.add_argument("--inside", action="store_true", help="check files, hashes, checkpoint and GPUs of this node too")
     parser.add_argument("--measured", type=Path, metavar="FILE", help="what scripts/measure.py wrote of this config")
+    parser.add_argument("--gpu-hour-price", type=positive, metavar="P", help="price of one GPU for an hour, for the cost")
+    help_watts = "mean power of one GPU with its share of the node, for the energy"
+    parser.add_argument("--gpu-watts", type=positive, metavar="W", help=help_watts)
     return parser.parse_args(argv)
 
 
@@ -78,15 +83,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    status = exit_status(findings)
+    status, rates = exit_status(findings), Rates(arguments.gpu_hour_price, arguments.gpu_watts)
     if arguments.json:
-        values = found.as_dict() if found else {"config": str(arguments.config or "environment")}
+        values: dict[str, Any] = found.as_dict() if found else {"config": str(arguments.config or "environment")}
         values |= {"findings": [vars(finding) for finding in findings], "go": status == 0}
+        if found and found.forecast:
+            values["cost"] = {
+                name: vars(cost(hours.middle, rates))
+                for name, hours in zip(("run", "job"), found.forecast.gpu_hours(), strict=True)
+            }
         values |= {} if inside is None else {"inside": [vars(check) for check in inside]}
         print(json.dumps(values, indent=2))
         return status
     if found:
-        show_plan(found, inside)
+        show_plan(found, inside, rates)
     show(findings)
     problems = count(findings)
     verdict = "no-go" if status else "go"

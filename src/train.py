@@ -15,7 +15,7 @@ from pathlib import Path
 from llama2_lora.config.settings import Settings, SettingsError
 from llama2_lora.findings import one_line
 from llama2_lora.mlperf_log import MLPerfLog
-from llama2_lora.node.files import check_paths, check_shape
+from llama2_lora.node.files import check_data, check_paths, check_shape
 from llama2_lora.weights.checkpoint import check_checkpoint, read_shape
 
 MESSAGE_CHARACTERS = 2000
@@ -28,6 +28,7 @@ def main() -> int:
         shape = read_shape(Path(settings.run.checkpoint_path))
         check_shape(settings, shape)
         check_checkpoint(Path(settings.run.checkpoint_path), shape, settings.weights_dtype)
+        check_data(settings, shape.vocab)
     except (SettingsError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

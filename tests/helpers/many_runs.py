@@ -66,7 +66,8 @@ def run_many(tiny: Tiny, results: Path, runs: dict[str, dict[str, str]], ranks: 
 def first_traceback(errors: str) -> str:
     """Of the rank that failed first; the others' and torchrun's own follow from it."""
     whole = re.sub(r"^(\[rank\d+\]: )+", "", errors, flags=re.M)
-    return whole[whole.find("Traceback") :][:8000]
+    found = re.search(r"^Traceback.*?\n\S.*?$", whole, flags=re.M | re.S)
+    return found[0][-4000:] if found else errors[-4000:]
 
 
 def worker(folder: Path, environments: dict[str, dict[str, str]]) -> None:

@@ -56,10 +56,10 @@ def contradictions(settings: Settings, complete: bool) -> Iterator[str]:
 
 @rule
 def config_file_has_the_name(s: Settings) -> str | None:
-    expected = f"config_{s.system.name}.sh"
-    if s.system.config_file in ("", expected):
+    if s.system.config_file in ("", f"config_{s.system.name}.sh"):
         return None
-    return f"CONFIG_FILE={s.system.config_file}: must be {expected}, after DGXSYSTEM={s.system.name}; rename one of them"
+    found, name = one_line(s.system.config_file), one_line(s.system.name)
+    return f"CONFIG_FILE={found}: must be config_{name}.sh, after DGXSYSTEM={name}; rename one of them"
 
 
 @rule
@@ -67,7 +67,8 @@ def system_name_says_the_shape(s: Settings) -> str | None:
     shape = f"{s.system.nodes}x{s.system.gpus_per_node}x{s.batch.minibs}"
     if s.system.name.rsplit("_", 1)[-1] == shape:
         return None
-    return f"DGXSYSTEM={s.system.name}: must end in _{shape}, that is DGXNNODES x DGXNGPU x MINIBS; rename it and the config"
+    name = one_line(s.system.name)
+    return f"DGXSYSTEM={name}: must end in _{shape}, that is DGXNNODES x DGXNGPU x MINIBS; rename it and the config"
 
 
 @rule

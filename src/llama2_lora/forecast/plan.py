@@ -18,8 +18,9 @@ from llama2_lora.config.values import walltime_minutes
 from llama2_lora.findings import Finding, at_least, exit_status
 from llama2_lora.forecast import convergence, measured
 from llama2_lora.forecast.convergence import Convergence
+from llama2_lora.forecast.generations import of_this_stack
 from llama2_lora.forecast.memory import GB, Memory, memory_per_gpu, what_would_fit
-from llama2_lora.forecast.timing import Interval, Work, forecast
+from llama2_lora.forecast.timing import Interval, Work, forecast, forecast_of_rank
 from llama2_lora.gpus import Accelerator, accelerator_of
 from llama2_lora.llama2 import LLAMA2_70B
 
@@ -80,7 +81,20 @@ class Times:
     evaluations: float
     walltime_minutes: float
     like_published: bool  # whether published runs of this kind were there to fit
+    not_covered: str  # why not
+    generation: str  # of the software; empty where the part's published steps did not change with it
+    generation_reason: str
+    gpus: int
     measured: str = ""  # the GPU on which one rank was measured; empty: a forecast from the fit alone
+    fp4_step_seconds: Interval | None = None  # the two phases of a run in FP4
+    healed_step_seconds: Interval | None = None
+
+    def gpu_hours(self) -> tuple[Interval, Interval]:
+        """Of one run with its initialization, and of the job."""
+        per_run = (INIT_MINUTES + minutes for minutes in (self.run_minutes.low, self.run_minutes.middle, self.run_minutes.high))
+        job = (self.job_minutes.low, self.job_minutes.middle, self.job_minutes.high)
+        run, whole = (Interval(*(self.gpus * m / 60 for m in minutes)) for minutes in (per_run, job))
+        return run, whole
 
 
 @dataclass(frozen=True)
@@ -122,7 +136,11 @@ def plan(settings: Settings, rank: measured.Measured | None = None) -> Plan:
     if rank is not None and memory is not None:
         memory = measured.memory_of(rank, memory)
     steps = _steps_needed(settings, reference)
-    times = None if part is None or steps is None else _times(settings, part, steps, rank)
+    times = (
+        None
+        if part is None or steps is None or reference is None
+        else _times(settings, part, steps, reference.deviation / reference.mean, rank)
+    )
     kept = () if rehearsal else tuple(rule_checks(settings))
     return Plan(
         config=system.name,
@@ -273,11 +291,14 @@ def _memory_findings(settings: Settings, part: Accelerator | None, found: Memory
         yield Finding("error", "memory", f"does not fit: {need}")
 
 
-def _times(settings: Settings, part: Accelerator, steps: float, rank: measured.Measured | None) -> Times:
+def _times(settings: Settings, part: Accelerator, steps: float, spread: float, rank: measured.Measured | None = None) -> Times:
+    """spread: of the reference's runs around their mean, as a share of it."""
     gbs, trials = settings.global_batch_size, settings.system.trials
-    work = Work.from_settings(settings, part)
+    generation = of_this_stack(part)
+    work = Work.from_settings(settings, part, generation.name)
     evaluations = (steps - settings.eval_steps.start) / settings.eval_every_steps + 1
-    found = forecast(work, steps * gbs, evaluations, rank)
+    run_of = (work, steps * gbs, evaluations, spread)
+    found = forecast(*run_of) if rank is None else forecast_of_rank(*run_of, rank)
     run = found["run_minutes"]
     return Times(
         **found,
@@ -287,6 +308,10 @@ def _times(settings: Settings, part: Accelerator, steps: float, rank: measured.M
         walltime_minutes=walltime_minutes(settings.system.walltime),
         like_published=work.seen,
         measured=rank.gpu if rank else "",
+        not_covered=work.not_covered,
+        generation=generation.name if work.kind.endswith(generation.name) else "",
+        generation_reason=generation.reason,
+        gpus=work.gpus,
     )
 
 

@@ -12,19 +12,20 @@ from rich.table import Table
 
 from llama2_lora.config import schedule
 from llama2_lora.findings import PIPE_WIDTH, Finding
+from llama2_lora.forecast.cost import Rates, cost
 from llama2_lora.forecast.measured import Measured, beside
 from llama2_lora.forecast.memory import GB, Memory
 from llama2_lora.forecast.plan import Plan, Times
-from llama2_lora.forecast.timing import Interval
+from llama2_lora.forecast.timing import HEAL_SEQUENCES, Interval
 
 Rows = list[tuple[str, str]]
 KERNELS, KERNEL_NAME = 12, 90  # of a measurement: how many are shown, and how much of a name
 STATES = {"ok": "ok ", "unknown": "?  "}  # of a check; else NOT
 
 
-def show_plan(plan: Plan, inside: list[Finding] | None) -> None:
+def show_plan(plan: Plan, inside: list[Finding] | None, rates: Rates) -> None:
     """All tables; `inside` is what this node's own checks found."""
-    for title, rows in _sections(plan, inside):
+    for title, rows in _sections(plan, inside, rates):
         _print(title, rows)
 
 
@@ -42,7 +43,7 @@ def _print(title: str, rows: Rows) -> None:
     console.print()
 
 
-def _sections(plan: Plan, inside: list[Finding] | None) -> Iterator[tuple[str, Rows]]:
+def _sections(plan: Plan, inside: list[Finding] | None, rates: Rates) -> Iterator[tuple[str, Rows]]:
     yield f"{plan.config}: ranks", _layout_rows(plan)
     yield "Schedule", _schedule_rows(plan)
     if plan.rules:
@@ -50,7 +51,7 @@ def _sections(plan: Plan, inside: list[Finding] | None) -> Iterator[tuple[str, R
     if plan.platform == "cpu":
         yield "Memory and time", [("CPU rehearsal", "no GPU: neither is forecast, and no rule applies")]
     if plan.forecast:
-        yield f"Time on {plan.accelerator}: a forecast", _time_rows(plan.forecast)
+        yield f"Time on {plan.accelerator}: a forecast", _time_rows(plan.forecast, rates)
     if plan.memory:
         yield f"Memory per GPU, {plan.accelerator}, GB", _memory_rows(plan.memory)
     if inside is not None:
@@ -89,7 +90,7 @@ def _schedule_rows(plan: Plan) -> Rows:
     return rows
 
 
-def _time_rows(times: Times) -> Rows:
+def _time_rows(times: Times, rates: Rates) -> Rows:
     def interval(value: Interval, unit: str) -> str:
         return f"{value.middle:.3g} {unit} ({value.low:.3g} to {value.high:.3g})"
 
@@ -97,10 +98,18 @@ def _time_rows(times: Times) -> Rows:
     rows.append(("evaluation", interval(times.eval_seconds, "s") + f", {times.evaluations:.1f} a run"))
     rows.append(("run", interval(times.run_minutes, "min")))
     rows.append(("job", interval(times.job_minutes, "min") + f" of WALLTIME {times.walltime_minutes:.0f} min"))
+    if times.fp4_step_seconds and times.healed_step_seconds:
+        two = f"FP4 {times.fp4_step_seconds.middle:.3g} s, then FP8 {times.healed_step_seconds.middle:.3g} s"
+        rows.append(("", f"{two}, from {HEAL_SEQUENCES:,} sequences on as published; the step above is their mean"))
+    run, job = times.gpu_hours()
+    rows.append(("cost of a run", f"{cost(run.middle, rates)} ({run.low:.3g} to {run.high:.3g} GPU-hours)"))
+    rows.append(("cost of the job", f"{cost(job.middle, rates)} ({job.low:.3g} to {job.high:.3g} GPU-hours)"))
+    if times.generation:
+        rows.append(("software", f"of {times.generation}: {times.generation_reason}"))
     if times.measured:
         rows.append(("", f"one rank measured on {times.measured}; communication and stragglers from the fit"))
-    elif not times.like_published:
-        rows.append(("", "no published run of this kind was there to fit: the interval is a guess"))
+    elif times.not_covered:
+        rows.append(("not covered", f"{times.not_covered}: the interval is a guess"))
     return rows
 
 

@@ -5,7 +5,6 @@ Each check takes a run (or a result) and yields findings. Rule numbers: mlcommon
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from llama2_lora.findings import Finding
 from llama2_lora.judge import observed
 from llama2_lora.judge.official import compliance_messages, official_score
 from llama2_lora.judge.published import EnvelopeRow, envelope, label
-from llama2_lora.judge.results import NAMES, Result, Summary, group, read_runs, repeats
+from llama2_lora.judge.results import NAMES, PLACEHOLDER, Result, Summary, group, read_runs, repeats
 from llama2_lora.judge.run import USUAL_TRAIN_LOSS, Run
 from llama2_lora.judge.runlog import Event, number, samples_count
 from llama2_lora.judge.systems import round_of
@@ -34,7 +33,6 @@ FIXED = {  # key -> (value, section)
 DATA_EVENTS = ("block_start", "epoch_start", "eval_start", "eval_accuracy")
 DIVISION = "submission_division"
 DATA_SIZES = ("train_samples", "eval_samples")
-PLACEHOLDER = re.compile(r"placeholder|unknown|reference|unofficial|example|change.?me|\byour\b|\btodo\b|^\W*$", re.IGNORECASE)
 MOST_MFU = 1.5  # 8xGB300 reached 1.31 of its bf16 peak in FP4 and FP8 (v5.1): more is a mistake in a count or in the parts
 EARLY_ROUNDS = ("v4.0", "v4.1")  # their rules are in mlperf_logging, but not those that later rounds are judged by
 TOLERANCE = 1e-6

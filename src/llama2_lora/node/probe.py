@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from llama2_lora.data import packed
+from llama2_lora.data import inspection, packed
 
 GIB = 2**30
 # Event reasons that slow a GPU down for its health. Idle, application clocks and the power cap are normal.
@@ -48,7 +48,7 @@ def probe(node: int, nodes: int, rendezvous: str, platform: str, paths: dict[str
     seen["shared_memory_gib"] = _free_gib(Path("/dev/shm"))
     seen["results_gib"] = _free_gib(paths["results"])
     seen["results_writable"] = _writable(paths["results"])
-    seen["data"] = _data_files(paths["data"])
+    seen["data"] = _data_files(paths["data"], platform == "gpu")
     seen["checkpoint"] = _folder_sizes(paths["checkpoint"])
     seen["clock"] = measure_clock(node, nodes, rendezvous)
     return seen
@@ -82,13 +82,16 @@ def _writable(folder: Path) -> bool:
     return True
 
 
-def _data_files(folder: Path) -> dict[str, Any]:
+def _data_files(folder: Path, gpu: bool) -> dict[str, Any]:
+    """Sizes; of files that have the right ones, every byte is looked at: the caches are dropped afterwards."""
     try:
         sizes = {name: (folder / name).stat().st_size for name in ("train.npy", "validation.npy")}
         manifest = packed.read_manifest(folder)
     except (OSError, ValueError) as error:
         return {"error": str(error)}
     expected = {name: entry["bytes"] for name, entry in manifest["files"].items()} if manifest else None
+    if expected in (None, sizes) and (problems := inspection.problems(folder, gpu)):
+        return {"error": "; ".join(problems)}
     return {"bytes": sizes, "manifest": expected}
 
 

@@ -76,7 +76,7 @@ def _file_checks(seen: dict[str, Any]) -> Iterator[Finding]:
     else:
         pairs = [(name, data["bytes"].get(name), size) for name, size in data["manifest"].items()]
         wrong = [f"{name} has {found} bytes, manifest says {size}" for name, found, size in pairs if found != size]
-        yield Finding("fatal" if wrong else "ok", "data", "; ".join(wrong) or "sizes agree with the manifest")
+        yield Finding("fatal" if wrong else "ok", "data", "; ".join(wrong) or "sizes, rows and hashes agree with the manifest")
     if "error" in checkpoint:
         yield Finding("fatal", "checkpoint", f"{checkpoint['error']}; is MODEL the folder of a NeMo checkpoint?")
     else:

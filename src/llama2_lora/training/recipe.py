@@ -30,6 +30,7 @@ from llama2_lora.config.settings import Settings
 from llama2_lora.llama2 import LLAMA2_70B, LlamaShape
 from llama2_lora.training.adapter import SeededLoRA
 from llama2_lora.training.model import LoraLlama, data_step, forward_step
+from llama2_lora.training.restore import restore
 
 
 def build_config(settings: Settings, shape: LlamaShape) -> LlamaConfig:
@@ -127,7 +128,7 @@ def build_precision(settings: Settings) -> MegatronMixedPrecision:
 
 
 class SeededStrategy(MegatronStrategy):
-    """MegatronStrategy whose generators start from the run's seed.
+    """MegatronStrategy whose generators start from the run's seed, that restores by layer and leaves the model in place.
 
     NeMo 2.7.3 starts them from 1234 in every run (megatron_init.py): all runs would draw the same dropout masks. Ranks of
     one tensor-parallel group share theirs, since they may hold the same activations; all others differ.
@@ -141,6 +142,9 @@ class SeededStrategy(MegatronStrategy):
         super().setup_distributed()
         rank = torch.distributed.get_rank() // self.tensor_model_parallel_size
         model_parallel_cuda_manual_seed(self.seed + rank, force_reset_rng=True)
+
+    def selective_restore(self) -> None:
+        restore(self)
 
     def teardown(self) -> None:
         """Give back what outlives the model, and leave the model where it is.
