@@ -50,6 +50,7 @@ def _setting(
 class System:
     """The machine and the job."""
     platform: str = _setting("PLATFORM", "gpu", "Where the model runs; `cpu` is for rehearsals", choices=("gpu", "cpu"))
+    small: bool = _setting("REHEARSAL", False, "A small model on generated data, to which no rule applies; on a CPU every run is one")
     name: str = _setting("DGXSYSTEM", doc="System and shape, as in the config's file name: `NAME_NODESxGPUSxMINIBS`")
     nodes: int = _setting("DGXNNODES", doc="Nodes of the job", low=1, high=4096)
     gpus_per_node: int = _setting("DGXNGPU", doc="GPUs (ranks) per node", low=1, high=72)
@@ -222,6 +223,11 @@ class Settings:
         """The resolved value of an environment variable's field."""
         group, f = FIELDS[variable]
         return getattr(getattr(self, group), f.name)
+
+    @property
+    def rehearsal(self) -> bool:
+        """Whether the run proves nothing to MLPerf: a small model, on whatever hardware."""
+        return self.system.small or self.system.platform == "cpu"
 
     @property
     def data_parallel_size(self) -> int:

@@ -103,6 +103,7 @@ class Plan:
 
     config: str
     platform: str
+    rehearsal: bool
     accelerator: str | None
     layout: tuple[RankGroup, ...]
     batch: BatchPlan
@@ -145,6 +146,7 @@ def plan(settings: Settings, rank: measured.Measured | None = None) -> Plan:
     return Plan(
         config=system.name,
         platform=system.platform,
+        rehearsal=rehearsal,
         accelerator=part.name if part else None,
         layout=tuple(layout(settings)),
         batch=_batch(settings),
@@ -214,7 +216,7 @@ def _steps_needed(settings: Settings, reference: Convergence | None) -> float | 
 
 
 def _rehearsal(settings: Settings) -> bool:
-    return settings.system.platform == "cpu"
+    return settings.rehearsal
 
 
 # ---- Rules -----------------------------------------------------------------------------------------------------------

@@ -48,8 +48,9 @@ def _sections(plan: Plan, inside: list[Finding] | None, rates: Rates) -> Iterato
     yield "Schedule", _schedule_rows(plan)
     if plan.rules:
         yield "Rules", [_check_row(rule) for rule in plan.rules]
-    if plan.platform == "cpu":
-        yield "Memory and time", [("CPU rehearsal", "no GPU: neither is forecast, and no rule applies")]
+    if plan.rehearsal:
+        text = "a small model: neither is forecast, and no rule applies"
+        yield "Memory and time", [(f"{plan.platform.upper()} rehearsal", text)]
     if plan.forecast:
         yield f"Time on {plan.accelerator}: a forecast", _time_rows(plan.forecast, rates)
     if plan.memory:

@@ -147,7 +147,8 @@ def _data_before_clock(run: Run) -> Iterator[Finding]:
 
 def _submission(run: Run) -> Iterator[Finding]:
     if run.rehearsal:
-        text = "CPU rehearsal with a small model and generated data: not a submission, no MFU, no score"
+        kind = str(run.values["submission_platform"]).partition(",")[0]  # CPU rehearsal, GPU rehearsal
+        text = f"{kind} with a small model and generated data: not a submission, no MFU, no score"
         yield Finding("note", "rehearsal", text)
         return
     for key in ("submission_platform", "submission_org"):

@@ -108,7 +108,8 @@ class Session:
             return []
         sequences = batch.minibs / self.found.step_seconds / gpus
         rows = [("throughput", f"{sequences * batch.sequence_length:,.0f} tokens/s a GPU, without communication")]
-        if part := ACCELERATORS.get(self.device.accelerator):
+        part = ACCELERATORS.get(self.device.accelerator)
+        if part and not self.settings.rehearsal:
             utilization = sequences * MODEL_TFLOP_PER_SEQUENCE / part.bf16_tflops
             rows.append(
                 ("model FLOP utilization", f"{utilization:.1%} of {part.name}'s dense bf16 peak, without communication")
@@ -151,8 +152,8 @@ class Session:
 
 
 def model_shape(settings: Settings) -> LlamaShape:
-    """Llama-2-70B; on a CPU the rehearsal's model."""
-    if settings.system.platform == "gpu":
+    """Llama-2-70B; of a rehearsal's config, its small model."""
+    if not settings.rehearsal:
         return LLAMA2_70B
     names = {"vocab_size": VOCABULARY, "max_position_embeddings": settings.batch.sequence_length}
     return LlamaShape.from_hf_config({"model_type": "llama", **base_model.SHAPE, **names})
