@@ -134,12 +134,12 @@ def choices(variables: list[str]) -> list[list[str]]:
     first, second = [], []
     for variable in variables:
         _, f = FIELDS[variable]
-        low = f.metadata["low"] or 0
+        low, words = f.metadata["low"] or 0, f.metadata["choices"] or ("A_1x8x4", "B_7x7x7")
         pair = {
             "bool": ("0", "1"),
             "int": (str(int(low) or 1), str(min(f.metadata["high"] or 50_000, 50_000))),
             "float": ("0.3", "0.4"),
-            "str": (f.metadata["choices"] or ("A_1x8x4", "B_7x7x7"))[:2],
+            "str": (words[0], words[-1]),
         }[type_name(f)]
         first.append(pair[0])
         second.append(pair[1])
