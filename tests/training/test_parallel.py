@@ -1,4 +1,4 @@
-"""The same numbers under every layout, dropout included: losses and the whole adapter's gradients agree with one rank to 1e-5."""
+"""The same numbers under every layout, dropout included: losses and whole adapter gradients agree with one rank to 1e-5."""
 
 from __future__ import annotations
 
