@@ -1,0 +1,53 @@
+"""Every precision that a GPU can be asked for trains on the CPU by the same code; the log says which it was."""
+
+from __future__ import annotations
+
+import pytest
+
+from helpers.many_runs import Done, run_many
+from helpers.training_runs import Tiny, events
+
+STEPS = 10
+SHORT = {"MAX_STEPS": str(STEPS), "EVAL_EVERY_SEQUENCES": "40", "LORA_DROPOUT": "0", "MINIBS": "8"}
+FP8 = {"FP8": "1", "FP8_PARAMS": "1"}
+PRECISIONS = {
+    "delayed": FP8 | {"FP8_DPA": "1", "FP8_ACT": "1"},
+    "tensorwise": FP8 | {"FP8_RECIPE": "tensorwise"},
+    "blockwise": FP8 | {"FP8_RECIPE": "blockwise"},
+    "mxfp8": FP8 | {"FP8_RECIPE": "mxfp8"},
+    "nvfp4": {"FP4": "1"},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
+    return run_many(tiny, tmp_path_factory.mktemp("one"), {"fp32": {}} | PRECISIONS, 1, **SHORT)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
+    split = {"TP": "2", "SP": "1"} | FP8
+    return run_many(
+        tiny, tmp_path_factory.mktemp("two"), {"plain": split, "overlap": split | {"TP_COMM_OVERLAP": "1"}}, 2, **SHORT
+    )
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_precision_trains_near_fp32_and_is_logged(precision: str, runs: dict[str, Done]) -> None:
+    losses, exact = runs[precision].losses(), runs["fp32"].losses()
+    assert losses["train_loss"] != exact["train_loss"]
+    assert losses["train_loss"][0] == pytest.approx(exact["train_loss"][0], abs=0.15)  # no step has been made
+    assert losses["train_loss"] == pytest.approx(exact["train_loss"], abs=0.5)
+    assert losses["train_loss"][-1] < losses["train_loss"][0] - 0.5
+    linear = {event["key"]: event["value"] for event in events(runs[precision].log)}["lowest_numerical_precision_in_linear"]
+    assert linear == ("nvfp4" if precision == "nvfp4" else "fp8")
+
+
+def test_precisions_differ_from_each_other(runs: dict[str, Done]) -> None:
+    """A recipe that fell back to another one would train just as well."""
+    first = {name: run.losses()["train_loss"][0] for name, run in runs.items()}
+    assert len(set(first.values())) == len(first), first
+
+
+def test_fp8_userbuffers_change_nothing(two_ranks: dict[str, Done]) -> None:
+    assert two_ranks["overlap"].losses() == two_ranks["plain"].losses()
