@@ -9,6 +9,7 @@ from llama2_lora.llama2 import LlamaShape
 
 # (tokens, width) of a quantized matrix must divide by these. Transformer Engine 2.9: pytorch/utils.py,
 # assert_dim_for_fp8_exec; tensor/mxfp8_tensor.py and tensor/nvfp4_tensor.py, whose blocks run along both.
+BLOCK = 128  # tensor/float8_blockwise_tensor.py, is_quantizable
 FP8_MULTIPLES, FP4_MULTIPLES, MXFP8_MULTIPLES = (8, 16), (16, 16), (32, 32)
 
 
@@ -53,6 +54,8 @@ def _low_precision_conflicts(settings: Settings, shape: LlamaShape) -> Iterator[
         local = size if name == "hidden size" else size // layout.tp
         if local % columns:
             yield f"{variable}: needs multiples of {columns}; the {name} are {local} on each of TP={layout.tp} ranks"
+    if p.fp8_recipe == "blockwise" and layout.sequence_parallel and shape.hidden % BLOCK:
+        yield f"FP8_RECIPE=blockwise: needs a hidden size in multiples of {BLOCK} with SP=1, not {shape.hidden}: its blocks are gathered"
     shards = layout.cp * (layout.tp if layout.sequence_parallel else 1)
     for micro_variable, micro in (("MBS", batch.micro), ("VAL_MBS", batch.validation_micro)):
         tokens = batch.sequence_length * micro // shards

@@ -131,11 +131,14 @@ def _extension() -> ModuleType:
     return module
 
 
-class _Torch(SimpleNamespace):
-    """torch, but for the names given: what one module of Transformer Engine sees under this name."""
+class _Seen:
+    """A module with a few names of its own: what one module of Transformer Engine sees under that module's name."""
+
+    def __init__(self, module: Any, **own: Any) -> None:
+        self.__dict__.update(own, _module=module)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
+        return getattr(self._module, name)
 
 
 def stand_ins() -> Iterator[tuple[Any, str, Any]]:
@@ -143,12 +146,15 @@ def stand_ins() -> Iterator[tuple[Any, str, Any]]:
     at = "transformer_engine.pytorch"
     # QuantizedTensor.__new__ passes current_device() to _make_wrapper_subclass, which no function mode sees: an int would make
     # a tensor on "cuda:0". NeMo needs an int of the same function (nemo/lightning/io/pl.py).
-    cuda = _Cuda(current_device=lambda: torch.device("cpu"))
-    yield importlib.import_module(f"{at}.tensor.quantized_tensor"), "torch", _Torch(cuda=cuda)
+    cuda = _Seen(torch.cuda, current_device=lambda: torch.device("cpu"))
+    yield importlib.import_module(f"{at}.tensor.quantized_tensor"), "torch", _Seen(torch, cuda=cuda)
     # Attention takes fp16 and bf16 alone: get_attention_backend finds none for fp32 and says so.
     for name in ("backends", "utils"):
         module = importlib.import_module(f"{at}.attention.dot_product_attention.{name}")
-        yield module, "torch", _Torch(float16=torch.float32)
+        yield module, "torch", _Seen(torch, float16=torch.float32)
+    # MXFP8 and NVFP4 gather bytes and scales in one call, which gloo has not: "does not implement startCoalescing".
+    distributed = _Seen(torch.distributed, _coalescing_manager=_one_by_one)
+    yield importlib.import_module(f"{at}.distributed"), "torch", _Seen(torch, distributed=distributed)
     # The backward pass of context parallelism waits twice for one exchange (context_parallel.py, "wait until dKV is received",
     # then "wait until KV is received"). NCCL does not mind; a gloo work that has been waited for waits for the next message.
     ring = importlib.import_module(f"{at}.attention.dot_product_attention.context_parallel")
@@ -170,6 +176,12 @@ def forgotten_answers() -> Iterator[None]:
             function.cache_clear()
 
 
+@contextmanager
+def _one_by_one(*_: Any, **__: Any) -> Iterator[Any]:
+    """Collectives run when they are called; afterwards there is nothing to wait for."""
+    yield SimpleNamespace(wait=lambda: None)
+
+
 class _WaitOnce:
     """A request of torch.distributed that may be waited for again."""
 
@@ -180,8 +192,3 @@ class _WaitOnce:
         if self._work is not None:
             self._work.wait()
         self._work = None
-
-
-class _Cuda(SimpleNamespace):
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.cuda, name)
