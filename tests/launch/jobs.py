@@ -87,10 +87,12 @@ class Cluster:
         folder: Path = ROOT,
         **variables: str,
     ) -> Job:
-        """`source CONFIG && sbatch -N $DGXNNODES run.sub` with these variables exported after the config."""
+        """`source CONFIG && sbatch -N $DGXNNODES -t $WALLTIME run.sub` with these variables exported after the config."""
         output = results.parent / f"{results.name}.out"
         names = " ".join(f'{name}="${{_{name}}}"' for name in variables)
-        line = f'source "{HERE}/config_CPU_2x2x4.sh"; export {names}; exec sbatch --parsable -N "$DGXNNODES" "$@"'
+        line = (
+            f'source "{HERE}/config_CPU_2x2x4.sh"; export {names}; exec sbatch --parsable -N "$DGXNNODES" -t "$WALLTIME" "$@"'
+        )
         hidden = {f"_{name}": value for name, value in variables.items()}
         command = ["bash", "-c", line, "submit", f"--output={output}", *options, str(script)]
         done = self.run(*command, user=user, folder=folder, **hidden)

@@ -145,6 +145,19 @@ def test_the_target_ends_the_run_and_the_adapter_is_saved(tiny: Tiny, tmp_path: 
     assert sorted(path.name for path in (tmp_path / "adapter_1").iterdir()) == ["adapter.json", "adapter.safetensors"]
 
 
+def test_a_full_disk_while_the_adapter_is_saved(tiny: Tiny, tmp_path: Path) -> None:
+    """One line and status 1, but the run was a success and its log says so. No file may grow beyond 10 KB here."""
+    environment = tiny.environment(tmp_path, TARGET_LOSS="9", SAVE_ADAPTER="1", MAX_STEPS="20") | FAST
+    command = ["prlimit", "--fsize=10000", ROOT / "scripts/run_and_time.sh"]
+    done = subprocess.run(command, env=clean_environment(**environment), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert len(errors(done)) == 1
+    assert f"{tmp_path}/adapter_1: the adapter could not be saved (" in errors(done)[0]
+    assert events(done.stdout, "run_stop")[0]["metadata"]["status"] == "success"
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("*adapter*"))
+
+
 def test_a_dead_rank_ends_the_others_within_a_minute(tiny: Tiny, tmp_path: Path) -> None:
     environment = tiny.environment(tmp_path, DGXNGPU="2", MINIBS="4", MAX_STEPS="100000", TARGET_LOSS="0")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]

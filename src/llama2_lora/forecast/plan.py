@@ -16,11 +16,11 @@ from llama2_lora.config.settings import FIELDS, Settings
 from llama2_lora.config.shapes import shape_conflicts
 from llama2_lora.config.values import walltime_minutes
 from llama2_lora.findings import Finding, at_least, exit_status
-from llama2_lora.forecast import convergence
+from llama2_lora.forecast import convergence, measured
 from llama2_lora.forecast.convergence import Convergence
 from llama2_lora.forecast.generations import of_this_stack
 from llama2_lora.forecast.memory import GB, Memory, memory_per_gpu, what_would_fit
-from llama2_lora.forecast.timing import Interval, Work, forecast
+from llama2_lora.forecast.timing import Interval, Work, forecast, forecast_of_rank
 from llama2_lora.gpus import Accelerator, accelerator_of
 from llama2_lora.llama2 import LLAMA2_70B
 
@@ -103,6 +103,7 @@ class Times:
     generation: str  # of the software; empty where the part's published steps did not change with it
     generation_reason: str
     gpus: int
+    measured: str = ""  # the GPU on which one rank was measured; empty: a forecast from the fit alone
     fp4_step_seconds: Interval | None = None  # the two phases of a run in FP4
     healed_step_seconds: Interval | None = None
 
@@ -120,6 +121,7 @@ class Plan:
 
     config: str
     platform: str
+    rehearsal: bool
     accelerator: str | None
     layout: tuple[RankGroup, ...]
     batch: BatchPlan
@@ -141,22 +143,28 @@ class Plan:
         return asdict(self) | {"memory": self.memory and self.memory.as_dict(), "go": self.go}
 
 
-def plan(settings: Settings) -> Plan:
-    """Everything of one config."""
+def plan(settings: Settings, rank: measured.Measured | None = None) -> Plan:
+    """Everything of one config; `rank` is what scripts/measure.py saw of one of its ranks."""
     system, rehearsal = settings.system, _rehearsal(settings)
     part = None if rehearsal else accelerator_of(system.accelerator, system.name)
     reference = None if rehearsal else convergence.expected(settings.global_batch_size)
     memory = None if part is None else memory_per_gpu(settings, LLAMA2_70B, part)
+    about_rank = () if rank is None else tuple(measured.check(rank, settings, part.name if part else ""))
+    if exit_status(about_rank):
+        rank = None  # another rank's figures
+    if rank is not None and memory is not None:
+        memory = measured.memory_of(rank, memory)
     steps = _steps_needed(settings, reference)
     times = (
         None
         if part is None or steps is None or reference is None
-        else _times(settings, part, steps, reference.deviation / reference.mean)
+        else _times(settings, part, steps, reference.deviation / reference.mean, rank)
     )
     kept = () if rehearsal else tuple(rule_checks(settings))
     return Plan(
         config=system.name,
         platform=system.platform,
+        rehearsal=rehearsal,
         accelerator=part.name if part else None,
         layout=tuple(layout(settings)),
         batch=_batch(settings),
@@ -169,6 +177,7 @@ def plan(settings: Settings) -> Plan:
         memory=memory,
         findings=(
             *at_least(kept, "warning"),
+            *about_rank,
             *_shape_findings(settings),
             *_convergence_findings(settings, reference),
             *_memory_findings(settings, part, memory),
@@ -225,7 +234,7 @@ def _steps_needed(settings: Settings, reference: Convergence | None) -> float | 
 
 
 def _rehearsal(settings: Settings) -> bool:
-    return settings.system.platform == "cpu"
+    return settings.rehearsal
 
 
 # ---- Rules -----------------------------------------------------------------------------------------------------------
@@ -312,13 +321,14 @@ def _memory_refusal(settings: Settings, part: Accelerator, found: Memory, need: 
     return Finding("error", "memory", f"does not fit: {need}; MEMORY_CHECK=warn goes on in spite of this account")
 
 
-def _times(settings: Settings, part: Accelerator, steps: float, spread: float) -> Times:
+def _times(settings: Settings, part: Accelerator, steps: float, spread: float, rank: measured.Measured | None = None) -> Times:
     """spread: of the reference's runs around their mean, as a share of it."""
     gbs, trials = settings.global_batch_size, settings.system.trials
     generation = of_this_stack(part)
     work = Work.from_settings(settings, part, generation.name)
     evaluations = (steps - settings.eval_steps.start) / settings.eval_every_steps + 1
-    found = forecast(work, steps * gbs, evaluations, spread)
+    run_of = (work, steps * gbs, evaluations, spread)
+    found = forecast(*run_of) if rank is None else forecast_of_rank(*run_of, rank)
     run = found["run_minutes"]
     return Times(
         **found,
@@ -327,6 +337,7 @@ def _times(settings: Settings, part: Accelerator, steps: float, spread: float) -
         evaluations=evaluations,
         walltime_minutes=walltime_minutes(settings.system.walltime),
         like_published=work.seen,
+        measured=rank.gpu if rank else "",
         not_covered=work.not_covered,
         generation=generation.name if work.kind.endswith(generation.name) else "",
         generation_reason=generation.reason,

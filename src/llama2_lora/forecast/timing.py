@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from llama2_lora.config import rules
 from llama2_lora.config.settings import Settings
 from llama2_lora.forecast.generations import NEWEST
+from llama2_lora.forecast.measured import Measured
 from llama2_lora.gpus import Accelerator
 from llama2_lora.llama2 import LLAMA2_70B, LlamaShape
 
@@ -97,6 +98,7 @@ EVAL_ERROR = 0.10  # nine of ten of 106 left-out evaluations within 15%
 UNSEEN_ERROR = 0.25  # a guess: bf16, pipelining, recomputation, offloading, other parts: no published run to fit
 UNSEEN_EFFICIENCY = 0.4
 UNSEEN_FP4_SHARE = 0.7  # of the efficiency in FP8: 0.77 on Blackwell, 0.66 on GB300
+MEASURED_ERROR = 0.10  # a guess: no run on a cluster has been compared with its measured rank
 NORMAL_90 = 1.645
 
 
@@ -250,6 +252,30 @@ def forecast(work: Work, sequences: float, evaluations: float, spread: float = 0
         found["fp4_step_seconds"] = Interval.around(step_seconds(work), error)
         found["healed_step_seconds"] = Interval.around(HEALED_SLOWDOWN * step_seconds(healed(work)), UNSEEN_ERROR)
     return found
+
+
+def forecast_of_rank(work: Work, sequences: float, evaluations: float, spread: float, rank: Measured) -> dict[str, Interval]:
+    """The same, of a rank that was measured alone; in FP4 as if the run never healed."""
+    step, evaluation = with_neighbours(work, rank.step_seconds, rank.eval_seconds)
+    minutes = (sequences / work.gbs * step + evaluations * evaluation) / 60
+    return {
+        "step_seconds": Interval.around(step, MEASURED_ERROR),
+        "eval_seconds": Interval.around(evaluation, EVAL_ERROR if rank.eval_seconds is None else MEASURED_ERROR),
+        "run_minutes": Interval.around(minutes, math.hypot(MEASURED_ERROR, spread)),
+    }
+
+
+def with_neighbours(work: Work, step: float, evaluation: float | None) -> tuple[float, float]:
+    """Seconds of a step and of an evaluation on all GPUs, where one rank alone takes `step` and `evaluation` (measured.py).
+
+    CP_LAYER_SECONDS counts in full, although a part of it, the smaller kernels, is in the measured time too.
+    """
+    exposed, slower = _communication_seconds(work, FITTED), _straggling(work, FITTED)
+    whole = (step + work.minibs * exposed) * slower
+    if evaluation is None:
+        return whole, eval_seconds(work)
+    rounds = math.ceil(rules.EVAL_SEQUENCES / work.replicas)
+    return whole, (evaluation + rounds * exposed / 2) * slower  # half of the collectives are the backward's
 
 
 def _micro_batch_seconds(work: Work, constants: Constants) -> float:
