@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import re
@@ -504,3 +505,14 @@ def test_logging_stays_as_it_was(tmp_path: Path) -> None:
     judge(write_result(tmp_path), "5.1.0")
     assert logging.root.manager.disable == logging.NOTSET
     assert mlp_compliance.yaml.__name__ == "yaml"
+
+
+def test_envelope_is_what_its_script_makes() -> None:
+    """benchmarks/envelope.py, on the curves beside it, gives the file that the package holds, to the letter."""
+    spec = importlib.util.spec_from_file_location("envelope", ROOT / "benchmarks/envelope.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    held = made.TARGET.read_text()
+    assert made.text() == held
+    assert "18,fp8,v5.0,other" in held  # no published run of GBS 18 kept the rules' schedule
+    assert "16,fp8,v4.1 v5.0 v5.1,rules,1920,50,50" in held  # 20 of 70 runs evaluated at 1,536 already: left out
