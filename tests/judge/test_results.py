@@ -24,6 +24,7 @@ from llama2_lora.judge.page import page
 from llama2_lora.judge.report import as_dict
 from llama2_lora.judge.results import Summary
 from llama2_lora.judge.run import Run
+from llama2_lora.judge.systems import accelerator_in
 
 
 def only_run(folder: Path, ruleset: str = "5.1.0") -> Run:
@@ -470,6 +471,34 @@ def test_sysjson_line_names_the_system(tmp_path: Path) -> None:
     described = {"number_of_nodes": "4", "accelerators_per_node": "8", "accelerator_model_name": "NVIDIA H200"}
     save(tmp_path, [f"+ echo ':::SYSJSON {json.dumps(described)}'", *run_lines(config_filename=None)])
     assert only_run(tmp_path).system.accelerators == 32
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("NVIDIA Blackwell GPU (B200-SXM-180GB)", "B200"),
+        ("NVIDIA Blackwell Ultra GPU (GB300)", "GB300"),
+        ("NVIDIA H200-NVL-141GB", "H200-NVL"),
+        ("NVIDIA H200 NVL", "H200-NVL"),
+        ("NVIDIA H200-SXM5-141GB", "H200"),
+        ("NVIDIA GH200 96GB", "GH200"),
+        ("AMD Instinct MI350X", "MI350X"),
+        ("AMD Instinct MI355X 288GB HBM3e", "MI355X"),
+        ("Graphcore", ""),
+    ],
+)
+def test_part_in_a_description(text: str, part: str) -> None:
+    assert accelerator_in(text) == part
+
+
+@pytest.mark.parametrize(
+    ("platform", "parts"),
+    [("4xXE9712x4GB200", 16), ("2xXE9680x8H100-SXM-80GB", 16), ("2xNVIDIA GB200", 8), ("8xH100 box", None)],
+)
+def test_size_in_a_platforms_name(tmp_path: Path, platform: str, parts: int | None) -> None:
+    """Only where the name says both numbers, or the part has trays of four."""
+    save(tmp_path, run_lines(config_filename=None, submission_platform=platform))
+    assert only_run(tmp_path).system.accelerators == parts
 
 
 def test_unknown_system_has_no_mfu(tmp_path: Path) -> None:

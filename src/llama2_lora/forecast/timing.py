@@ -58,6 +58,7 @@ FITTED = Constants(
     efficiency={
         "Hopper": 0.549,
         "H200-NVL": 0.587,
+        "GH200": 0.443,
         "Blackwell v4.1": 0.466,
         "Blackwell v5.0": 0.499,
         "Blackwell v5.1": 0.618,
@@ -92,6 +93,7 @@ HELD_OUT_ERROR = {
     "B300": 0.06,
     "MI355X": 0.06,
     "GB300": 0.10,
+    "GH200": 0.15,
     "H200-NVL": 0.10,
 }
 EVAL_ERROR = 0.10  # nine of ten of 106 left-out evaluations within 15%
