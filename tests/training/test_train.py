@@ -140,6 +140,7 @@ def test_the_target_ends_the_run_and_the_adapter_is_saved(tiny: Tiny, tmp_path: 
     changes = {"TARGET_LOSS": "9", "SAVE_ADAPTER": "1", "DGXNGPU": "2", "TP": "2", "SP": "1", "MAX_STEPS": "20"}
     done = run_training(tiny.environment(tmp_path, **changes), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "GPU available" not in done.stdout + done.stderr, "libraries are quiet; and there is no GPU"
     assert len(events(done.stdout, "eval_accuracy")) == 1
     assert events(done.stdout, "run_stop")[0]["metadata"]["status"] == "success"
     assert sorted(path.name for path in (tmp_path / "adapter_1").iterdir()) == ["adapter.json", "adapter.safetensors"]
