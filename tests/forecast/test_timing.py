@@ -46,6 +46,7 @@ def test_flop_of_a_sequence() -> None:
 
 
 def test_constants_are_what_the_fit_gives(fitting: ModuleType) -> None:
+    pytest.importorskip("scipy")
     again = fitting.fit(fitting.split(fitting.read_rows())["fit"])
     assert again.efficiency == pytest.approx(FITTED.efficiency, rel=0.01)
     for name in ("tp_exposed", "cp_layer_seconds", "stragglers", "eval_share", "eval_fixed_seconds"):
