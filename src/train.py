@@ -15,7 +15,7 @@ from pathlib import Path
 from llama2_lora.config.settings import Settings, SettingsError
 from llama2_lora.findings import one_line
 from llama2_lora.mlperf_log import MLPerfLog
-from llama2_lora.node.files import check_paths, check_shape
+from llama2_lora.node.files import check_data, check_paths, check_shape
 from llama2_lora.weights.checkpoint import check_checkpoint, read_shape
 
 MESSAGE_CHARACTERS = 2000
@@ -28,6 +28,7 @@ def main() -> int:
         shape = read_shape(Path(settings.run.checkpoint_path))
         check_shape(settings, shape)
         check_checkpoint(Path(settings.run.checkpoint_path), shape, settings.weights_dtype)
+        check_data(settings, shape.vocab)
     except (SettingsError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -65,7 +66,7 @@ def train(settings: Settings, shape, log: MLPerfLog) -> bool:
 
 def fit(settings: Settings, shape, log: MLPerfLog) -> bool:
     """The same, where PLATFORM's kernels are in place."""
-    from llama2_lora.training import recipe, run
+    from llama2_lora.training import observe, recipe, run
     from llama2_lora.training.callback import MLPerfCallback
     from llama2_lora.training.data import GovReport
     from llama2_lora.training.warmup import WarmUp
@@ -80,7 +81,8 @@ def fit(settings: Settings, shape, log: MLPerfLog) -> bool:
     model = recipe.build_model(settings, shape, lora, recipe.build_optimizer(settings), data.validation_rows)
     warm_up, watch = WarmUp(settings), run.watch(settings, store, log)
     callback = MLPerfCallback(settings, log, seed, warm_up)
-    after = [run.SaveAdapter(settings, shape, seed)] if settings.run.save_adapter else []
+    after = [*observe.callbacks(settings, seed)]  # its files are written after run_stop
+    after += [run.SaveAdapter(settings, shape, seed)] if settings.run.save_adapter else []
     trainer = recipe.build_trainer(settings, strategy, [lora, warm_up, callback, watch, *after])
     with watch, run.no_garbage_collection():
         trainer.fit(model, data)

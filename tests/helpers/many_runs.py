@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -46,7 +47,7 @@ def run_many(tiny: Tiny, results: Path, runs: dict[str, dict[str, str]], ranks: 
     names = {name for run in runs.values() for name in run}
     for name, changes in runs.items():
         (results / name).mkdir(parents=True)
-        environment = tiny.environment(results / name, DGXNGPU=str(ranks), MASTER_PORT=free_port(), **(common | changes))
+        environment = tiny.environment(results / name, DGXNGPU=str(ranks), **(common | changes))
         environments[name] = dict.fromkeys(names, "") | UNSET | environment  # a run must not see what another one set
     file = results / "environments.json"
     file.write_text(json.dumps(environments))
@@ -66,7 +67,8 @@ def run_many(tiny: Tiny, results: Path, runs: dict[str, dict[str, str]], ranks: 
 def first_traceback(errors: str) -> str:
     """Of the rank that failed first; the others' and torchrun's own follow from it."""
     whole = re.sub(r"^(\[rank\d+\]: )+", "", errors, flags=re.M)
-    return whole[whole.find("Traceback") :][:8000]
+    found = re.search(r"^Traceback.*?\n\S.*?$", whole, flags=re.M | re.S)
+    return found[0][-4000:] if found else errors[-4000:]
 
 
 def worker(folder: Path, environments: dict[str, dict[str, str]]) -> None:
@@ -77,8 +79,18 @@ def worker(folder: Path, environments: dict[str, dict[str, str]]) -> None:
             print(f"run {name}", flush=True)
         steps: list[dict[str, np.ndarray]] = []
         with recorded_gradients(steps):
-            train_here(environment)
+            train_here(environment | {"MASTER_PORT": agreed_port(folder / name / "port", rank)})
         np.savez(folder / name / f"rank{rank}.npz", **{key: np.stack([step[key] for step in steps]) for key in steps[0]})
+
+
+def agreed_port(file: Path, rank: int) -> str:
+    """A port that was free a moment ago, from rank 0: one chosen before all runs may be taken when the last one starts."""
+    if rank == 0:
+        file.with_suffix(".new").write_text(free_port())
+        file.with_suffix(".new").rename(file)
+    while not file.exists():
+        time.sleep(0.05)
+    return file.read_text()
 
 
 def recorded_gradients(steps: list[dict[str, np.ndarray]]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,37 +10,72 @@ import pytest
 import torch
 
 from llama2_lora.data import packed
-from llama2_lora.training.data import PADDING, PackedRows, evaluation_order, micro_batches, training_order
+from llama2_lora.data.inspection import expected
+from llama2_lora.training.data import PADDING, PackedRows, Splits, evaluation_order, micro_batches, training_order
 
 
 @pytest.fixture
-def split(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     ids = np.array([[5, 6, 7, 8], [9, 10, 11, 12]], dtype=np.uint16)
     mask = np.array([[0, 1, 1, 0], [1, 1, 1, 1]], dtype=np.uint8)
     packed.write_split(tmp_path / "train.npy", ids, mask)
-    return tmp_path / "train.npy"
+    packed.write_split(tmp_path / "validation.npy", ids + 1, mask)
+    packed.write_manifest(tmp_path, 4, 16, "tests", "none")
+    return tmp_path
 
 
-def test_a_row_has_the_next_token_as_label_and_weights_that_sum_to_1(split: Path) -> None:
-    row = PackedRows(split, 4, 16, 2, "nvidia")[0]
+def rows(folder: Path, mask_alignment: str = "nvidia", split: str = "train") -> PackedRows:
+    return PackedRows(Splits(folder, expected(folder, 4, 16, gpu=False), 4, 16), split, mask_alignment)
+
+
+def test_a_row_has_the_next_token_as_label_and_weights_that_sum_to_1(folder: Path) -> None:
+    row = rows(folder)[0]
     assert row["tokens"].tolist() == [5, 6, 7, 8]
     assert row["labels"].tolist()[:3] == [6, 7, 8]  # the last position has no target
     assert row["loss_weights"].tolist() == [0.0, 0.5, 0.5, 0.0]
-    assert PackedRows(split, 4, 16, 2, "reference")[0]["loss_weights"].tolist() == [0.5, 0.5, 0.0, 0.0]
-    assert PackedRows(split, 4, 16, 2, "nvidia")[1]["loss_weights"].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0.0])
+    assert rows(folder, "reference")[0]["loss_weights"].tolist() == [0.5, 0.5, 0.0, 0.0]
+    assert rows(folder)[1]["loss_weights"].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0.0])
+    assert rows(folder, split="validation")[1]["tokens"].tolist() == [10, 11, 12, 13]
 
 
-def test_a_padding_row_weighs_nothing(split: Path) -> None:
-    row = PackedRows(split, 4, 16, 2, "nvidia")[PADDING]
+def test_a_padding_row_weighs_nothing(folder: Path) -> None:
+    row = rows(folder)[PADDING]
     assert row["loss_weights"].sum() == 0
     assert row["tokens"].shape == (4,)
     assert row["tokens"].dtype == torch.int64
 
 
-def test_files_are_opened_at_the_first_row_only(split: Path) -> None:
-    rows = PackedRows(split.with_name("absent.npy"), 4, 16, 2, "nvidia")
-    with pytest.raises(FileNotFoundError):
-        rows[0]
+def test_both_files_are_opened_at_the_first_row_only(folder: Path) -> None:
+    train = rows(folder)
+    (folder / "validation.npy").unlink()
+    with pytest.raises(FileNotFoundError, match=r"validation\.npy"):
+        train[0]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("how", ["cut", "replaced", "written"])
+def test_a_file_that_changes_under_a_run_ends_it_with_its_name(folder: Path, how: str, split: str) -> None:
+    """Mapped, a file that is cut ends the process with SIGBUS. The validation split is held from the start."""
+    opened = rows(folder, split=split)
+    assert opened[0]["tokens"].tolist()
+    path = folder / f"{split}.npy"
+    if how == "cut":
+        os.truncate(path, path.stat().st_size - 12)
+    elif how == "replaced":
+        packed.write_split(path, np.full((2, 4), 3), np.ones((2, 4)))
+    else:
+        with path.open("r+b") as file:
+            file.seek(-12, os.SEEK_END)
+            file.write(bytes(12))
+    with pytest.raises(ValueError, match=rf"{split}\.npy was changed, cut or replaced since it was opened"):
+        opened[1]
+
+
+def test_a_held_split_must_have_the_manifests_hash(folder: Path) -> None:
+    train = rows(folder)
+    packed.write_split(folder / "validation.npy", np.full((2, 4), 3), np.array([[1, 1, 0, 1]] * 2))
+    with pytest.raises(ValueError, match=r"validation\.npy has sha256 .*, the manifest says"):
+        train[0]
 
 
 def test_every_epoch_sees_every_row_once_in_another_order() -> None:

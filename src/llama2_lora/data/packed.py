@@ -12,17 +12,21 @@ that `aligned_mask` makes at reading time.
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from llama2_lora import files
+from llama2_lora.config import rules
 
 MANIFEST = "manifest.json"
-SPLITS = ("train.npy", "validation.npy")
+SPLITS = {"train.npy": rules.TRAIN_SEQUENCES, "validation.npy": rules.EVAL_SEQUENCES}  # rows of the benchmark's own
+LONGEST_HEADER = 4096  # bytes; ours have 192, longer ones are of other programs
 IGNORED_LABEL = -100  # the label that Hugging Face's cross entropy leaves out
 SCAN_ROWS = 256  # rows looked at in one go: 6 MiB at S = 8,192
 PREPARE = "python scripts/download_dataset.py --data_dir"
@@ -90,13 +94,24 @@ def write_chunks(path: Path, rows: int, sequence_length: int, chunks: Iterable[t
     dtype = row_dtype(sequence_length)
     written = 0
     with files.new_file(path) as file:
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)}
-        np.lib.format.write_array_header_1_0(file, header)
+        file.write(_header(rows, dtype))
         for ids_NS, mask_NS in chunks:
             file.write(_records(ids_NS, mask_NS, dtype))
             written += len(ids_NS)
         if written != rows:
             raise ValueError(f"{Path(path).name}: {written} rows came, {rows} were announced")
+
+
+def header_bytes(rows: int, sequence_length: int) -> int:
+    """Size of the header of a file of so many rows."""
+    return len(_header(rows, row_dtype(sequence_length)))
+
+
+def _header(rows: int, dtype: np.dtype) -> bytes:
+    header = io.BytesIO()
+    about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)}
+    np.lib.format.write_array_header_1_0(header, about)
+    return header.getvalue()
 
 
 def write_manifest(directory: Path, sequence_length: int, vocab_size: int, source: str, revision: str) -> dict[str, Any]:
@@ -126,14 +141,38 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     path = Path(directory) / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        files = manifest["files"]
-        if not all(isinstance(files[name]["rows"], int) for name in files):
-            raise TypeError
+        problem = _manifest_problem(manifest)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged: remove it and run `{PREPARE} {directory}`") from None
+    except (ValueError, RecursionError):  # no JSON, no UTF-8
+        problem = "it is no JSON file"
+    if problem:
+        raise ValueError(f"{path} is damaged: remove it and run `{PREPARE} {directory}` ({problem})")
     return manifest
+
+
+def _manifest_problem(manifest: Any) -> str | None:
+    """What is wrong with a manifest's types and values; None where it may be believed."""
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        return "it lists no files"
+    for name in ("sequence_length", "vocab_size"):
+        if not _is_count(manifest.get(name)):
+            return f"{name} is {manifest.get(name)!r:.60}"
+    for name in ("source", "revision"):
+        if not isinstance(manifest.get(name), str):
+            return f"{name} is {manifest.get(name)!r:.60}"
+    for name, entry in manifest["files"].items():
+        if name not in SPLITS or not isinstance(entry, dict):
+            return f"it lists {name!r:.60}"
+        if not (_is_count(entry.get("rows")) and _is_count(entry.get("bytes"))):
+            return f"{name} has {entry.get('rows')!r:.60} rows, {entry.get('bytes')!r:.60} bytes"
+        if not re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256"))):
+            return f"{name} has no sha256"
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 62
 
 
 def open_split(path: Path, sequence_length: int, vocab_size: int, rows: int | None = None) -> np.memmap:
@@ -145,7 +184,7 @@ def open_split(path: Path, sequence_length: int, vocab_size: int, rows: int | No
     path = Path(path)
     records = _open_records(path, sequence_length)
     if rows is not None and len(records) != rows:
-        raise ValueError(f"{path} has {len(records)} rows, {rows} were expected: {_again(path)}")
+        raise ValueError(f"{path} has {len(records)} rows, {rows} were expected: {again(path)}")
     for start in range(0, len(records), SCAN_ROWS):
         chunk = records[start : start + SCAN_ROWS]
         try:
@@ -169,36 +208,53 @@ def check_rows(ids_NS: np.ndarray, mask_NS: np.ndarray, vocab_size: int, first_r
 
 
 def _open_records(path: Path, sequence_length: int) -> np.memmap:
-    shape, dtype, header_bytes = _read_header(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: run `{PREPARE} {path.parent}`, or set DATADIR to where it is")
+    with path.open("rb") as file:
+        rows, offset = parse_header(file, path, sequence_length)
+    check_size(path, path.stat().st_size, rows, offset, sequence_length)
+    return np.memmap(path, dtype=row_dtype(sequence_length), mode="r", offset=offset, shape=(rows,))
+
+
+def parse_header(file: BinaryIO, path: Path, sequence_length: int) -> tuple[int, int]:
+    """Number of rows, and size of the header in bytes, of a .npy file of such rows; its data stay untouched.
+
+    ValueError, which names `path`, where it is another file.
+    """
+    shape, dtype = _read_header(file, path)
     if dtype.hasobject:
         raise ValueError(
             f"{path} holds pickled objects, which run code when they are loaded: "
             f"convert it once with `{PREPARE} {path.parent} --import-pickle` if you trust who wrote it"
         )
     if dtype != row_dtype(sequence_length) or len(shape) != 1:
-        found = dtype["input_ids"].shape[0] if dtype.names == ("input_ids", "loss_mask") else f"{dtype} {shape}"
-        raise ValueError(f"{path} has rows of {found}, {sequence_length} tokens were expected: {_again(path)}")
-    size, expected = path.stat().st_size, header_bytes + shape[0] * dtype.itemsize
-    if size != expected:
-        raise ValueError(f"{path} has {size} bytes, its header promises {expected}: {_again(path)}")
-    return np.memmap(path, dtype=dtype, mode="r", offset=header_bytes, shape=shape)
+        packed = dtype.names == ("input_ids", "loss_mask") and len(dtype["input_ids"].shape) == 1
+        found = str(dtype["input_ids"].shape[0]) if packed else f"{dtype} {shape}"
+        raise ValueError(f"{path} has rows of {found:.200}, {sequence_length} tokens were expected: {again(path)}")
+    if not _is_count(shape[0]):
+        raise ValueError(f"{path} has {shape[0]} rows: {again(path)}")
+    return shape[0], file.tell()
 
 
-def _read_header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Shape, dtype and size of the header in bytes of a .npy file; its data stay untouched."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: run `{PREPARE} {path.parent}`, or set DATADIR to where it is")
-    with path.open("rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(file)
-        except ValueError:
-            raise ValueError(f"{path} is not a .npy file: {_again(path)}") from None
-        return shape, dtype, file.tell()
+def check_size(path: Path, size: int, rows: int, offset: int, sequence_length: int) -> None:
+    """ValueError where a file has not the size of its header and its rows."""
+    promised = offset + rows * row_dtype(sequence_length).itemsize
+    if size != promised:
+        raise ValueError(f"{path} has {size} bytes, its header promises {promised}: {again(path)}")
 
 
-def _again(path: Path) -> str:
+def _read_header(file: BinaryIO, path: Path) -> tuple[tuple[int, ...], np.dtype]:
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    except Exception:  # a Python literal that is evaluated: damaged ones raise a dozen types
+        raise ValueError(f"{path} is not a .npy file: {again(path)}") from None
+    return shape, dtype
+
+
+def again(path: Path) -> str:
+    """What to do about a damaged split."""
     return f"make it again with `{PREPARE} {path.parent}`"
 
 

@@ -16,12 +16,13 @@ from llama2_lora import files
 from llama2_lora.config import rules
 from llama2_lora.data import packed, sources
 from llama2_lora.hub import client
+from llama2_lora.hub.failures import Repository
+from llama2_lora.llama2 import LLAMA2_70B
 
-VOCAB_SIZE = 32_000  # of Llama-2's tokenizer
 STAGING = ".download"
 SPLITS = {
-    "train.npy": sources.Split(rules.TRAIN_SEQUENCES, rules.SEQUENCE_LENGTH, VOCAB_SIZE, all_scored=True),
-    "validation.npy": sources.Split(rules.EVAL_SEQUENCES, rules.SEQUENCE_LENGTH, VOCAB_SIZE, all_scored=False),
+    "train.npy": sources.Split(rules.TRAIN_SEQUENCES, rules.SEQUENCE_LENGTH, LLAMA2_70B.vocab, all_scored=True),
+    "validation.npy": sources.Split(rules.EVAL_SEQUENCES, rules.SEQUENCE_LENGTH, LLAMA2_70B.vocab, all_scored=False),
 }
 OUTPUT_BYTES = sum(split.rows * 3 * split.sequence_length for split in SPLITS.values())
 Read = Callable[[str], Iterator[sources.Chunk]]  # chunks of train.npy or validation.npy
@@ -44,7 +45,7 @@ def check(data_dir: Path) -> None:
 
 def fetch(data_dir: Path) -> None:
     """Download and convert, unless the folder is complete."""
-    repository = client.Repository(rules.DATASET_REPOSITORY, rules.DATASET_REVISION, "dataset")
+    repository = Repository(rules.DATASET_REPOSITORY, rules.DATASET_REVISION, "dataset")
     manifest = packed.read_manifest(data_dir)
     if manifest and (manifest["source"], manifest["revision"]) == repository[:2]:
         try:
@@ -116,7 +117,7 @@ def convert_locked(read: Read, data_dir: Path, source: str, revision: str) -> No
     client.check_space(staging, OUTPUT_BYTES)
     for name, split in SPLITS.items():
         packed.write_chunks(staging / name, split.rows, split.sequence_length, read(name))
-    packed.write_manifest(staging, rules.SEQUENCE_LENGTH, VOCAB_SIZE, source, revision)
+    packed.write_manifest(staging, rules.SEQUENCE_LENGTH, LLAMA2_70B.vocab, source, revision)
     # The manifest first: a stop between two moves leaves files that are not what it says, and the next call sees that.
     files.move_into(data_dir, staging, (packed.MANIFEST, *SPLITS))
     for name, split in SPLITS.items():

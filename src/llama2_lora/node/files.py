@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llama2_lora import files
-from llama2_lora.config import rules
 from llama2_lora.config.settings import Settings, SettingsError
 from llama2_lora.config.shapes import shape_conflicts
-from llama2_lora.data import packed
+from llama2_lora.data import inspection, packed
 from llama2_lora.findings import Finding
 from llama2_lora.gpus import Accelerator, accelerator_of
 from llama2_lora.llama2 import LLAMA2_70B, LlamaShape
@@ -19,7 +17,6 @@ from llama2_lora.node import probe
 from llama2_lora.weights import checkpoint
 
 SYSTEM_SHARE = 0.02  # of a part's memory that drivers and firmware may keep
-RAW_COUNTS = {"train.npy": rules.TRAIN_SEQUENCES, "validation.npy": rules.EVAL_SEQUENCES}
 
 
 def inspect(settings: Settings) -> list[Finding]:
@@ -59,41 +56,31 @@ def _paths(settings: Settings) -> Iterator[Finding]:
         yield Finding("ok", "paths", "data, checkpoint and results folders are there")
 
 
+def check_data(settings: Settings, vocab_size: int) -> None:
+    """ValueError or OSError where the data set is not what the settings say. Looks at metadata alone: it may precede a run."""
+    batch = settings.batch
+    inspection.expected(Path(settings.run.data_path), batch.sequence_length, vocab_size, settings.system.platform == "gpu")
+
+
 def _data(settings: Settings) -> Iterator[Finding]:
     folder = Path(settings.run.data_path)
-    try:
-        manifest = packed.read_manifest(folder)
-    except ValueError as error:
-        yield Finding("error", "data", str(error))
+    problems = inspection.problems(folder, settings.system.platform == "gpu", settings.batch.sequence_length)
+    yield from (Finding("error", "data", problem) for problem in problems)
+    if problems:
         return
+    manifest = packed.read_manifest(folder)
     if manifest is None:
-        yield Finding("unknown", "data", f"{folder} has no {packed.MANIFEST}: sizes and hashes cannot be checked")
+        yield Finding("unknown", "data", f"{folder} has no {packed.MANIFEST}: hashes cannot be checked")
         return
     for name, entry in manifest["files"].items():
-        yield _file(folder / name, entry)
-        if settings.system.platform == "gpu" and entry["rows"] != RAW_COUNTS.get(name, entry["rows"]):
-            yield Finding("error", "data", f"{name} has {entry['rows']} rows: the rules fix {RAW_COUNTS[name]}")
-    if manifest["sequence_length"] != settings.batch.sequence_length:
-        text = f"rows have {manifest['sequence_length']} tokens: MAX_SEQLEN={settings.batch.sequence_length}"
-        yield Finding("error", "data", text)
-
-
-def _file(path: Path, entry: dict[str, Any]) -> Finding:
-    if not path.is_file():
-        return Finding("error", "data", f"{path} is missing")
-    if (size := path.stat().st_size) != entry["bytes"]:
-        return Finding("error", "data", f"{path.name} has {size} bytes, the manifest says {entry['bytes']}")
-    if (digest := files.file_sha256(path)) != entry["sha256"]:
-        text = f"{path.name} has sha256 {digest[:12]}..., the manifest says {entry['sha256'][:12]}..."
-        return Finding("error", "data", text)
-    return Finding("ok", "data", f"{path.name}: {entry['rows']} rows, {size:,} bytes, sha256 {digest[:12]}...")
+        yield Finding("ok", "data", f"{name}: {entry['rows']} rows, {entry['bytes']:,} bytes, sha256 {entry['sha256'][:12]}...")
 
 
 def _checkpoint(settings: Settings) -> Iterator[Finding]:
     folder = Path(settings.run.checkpoint_path)
     try:
         shape = checkpoint.read_shape(folder)
-        if shape != LLAMA2_70B and settings.system.platform != "cpu":
+        if shape != LLAMA2_70B and not settings.rehearsal:
             raise ValueError(f"{folder}: {shape.parameters() / 1e9:.3g}e9 parameters; Llama-2-70B is expected")
         checkpoint.check_checkpoint(folder, shape, settings.weights_dtype)
     except (ValueError, OSError) as error:

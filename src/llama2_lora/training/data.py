@@ -1,7 +1,7 @@
 """Data module: rows of the packed data set -> micro batches of every data-parallel rank.
 
 Every rank computes the same order from the seed and takes its own rows, so the global batch of a step does not depend on
-the layout. Files are opened at the first read, which is after run_start (rules §11).
+the layout. Both files are opened at the first row, which is after run_start (rules §11); before, only metadata is looked at.
 """
 
 from __future__ import annotations
@@ -19,30 +19,42 @@ from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.plugins.data_sampler import DataSampler
 from torch.utils.data import Dataset
 
-from llama2_lora.config import rules
 from llama2_lora.config.settings import Settings
-from llama2_lora.data import packed
+from llama2_lora.data import inspection, packed
+from llama2_lora.data.inspection import Expected
+from llama2_lora.data.rows import OpenSplit
 
 PADDING = -1  # a row index that stands for an empty row
+
+
+class Splits:
+    """Both files of a run, opened together at the first row, and kept open: what takes their names later is not read."""
+
+    def __init__(self, folder: Path, expected: dict[str, Expected], sequence_length: int, vocab_size: int) -> None:
+        self.folder, self.expected = folder, expected
+        self.sequence_length, self.vocab_size = sequence_length, vocab_size
+
+    def row(self, split: str, index: int) -> np.ndarray:
+        """A record of "train" or "validation"."""
+        return self._open[f"{split}.npy"][index]
+
+    @cached_property
+    def _open(self) -> dict[str, OpenSplit]:
+        return inspection.open_splits(self.folder, self.expected, self.sequence_length, self.vocab_size)
 
 
 class PackedRows(Dataset):
     """Row i -> tokens_S, labels_S (int64) and loss_weights_S (fp32), which sum to 1 over a row, to 0 over padding."""
 
-    def __init__(self, path: Path, sequence_length: int, vocab_size: int, rows: int, mask_alignment: str) -> None:
-        self.path, self.sequence_length, self.vocab_size = path, sequence_length, vocab_size
-        self.rows, self.mask_alignment = rows, mask_alignment
-
-    @cached_property
-    def records(self) -> np.ndarray:
-        return packed.open_split(self.path, self.sequence_length, self.vocab_size, self.rows)
+    def __init__(self, splits: Splits, split: str, mask_alignment: str) -> None:
+        self.splits, self.split, self.mask_alignment = splits, split, mask_alignment
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if index == PADDING:
-            tokens_S = np.zeros(self.sequence_length, dtype=np.int64)
-            weights_S = np.zeros(self.sequence_length, dtype=np.float32)
+            tokens_S = np.zeros(self.splits.sequence_length, dtype=np.int64)
+            weights_S = np.zeros(self.splits.sequence_length, dtype=np.float32)
         else:
-            record = self.records[index]
+            record = self.splits.row(self.split, index)
             tokens_S = record["input_ids"].astype(np.int64)
             mask_S = packed.aligned_mask(record["loss_mask"], self.mask_alignment)
             weights_S = (mask_S / mask_S.sum()).astype(np.float32)
@@ -99,31 +111,30 @@ class GovReport(pl.LightningDataModule):
 
     def __init__(self, settings: Settings, seed: int, vocab_size: int) -> None:
         super().__init__()
-        self.settings, self.seed, self.vocab_size = settings, seed, vocab_size
-        manifest = packed.read_manifest(Path(settings.run.data_path))  # metadata: allowed before run_start
-        files = manifest["files"] if manifest else {}
-        self.train_rows = files.get("train.npy", {}).get("rows", rules.TRAIN_SEQUENCES)
-        self.validation_rows = files.get("validation.npy", {}).get("rows", rules.EVAL_SEQUENCES)
+        self.settings, self.seed = settings, seed
+        self.vocab_size = vocab_size
+        folder, sequence_length = Path(settings.run.data_path), settings.batch.sequence_length
+        expected = inspection.expected(folder, sequence_length, vocab_size, settings.system.platform == "gpu")
+        self.splits = Splits(folder, expected, sequence_length, vocab_size)
+        self.train_rows, self.validation_rows = expected["train.npy"].rows, expected["validation.npy"].rows
         dp, micro = settings.data_parallel_size, settings.batch.validation_micro
         self.data_sampler = Sampler(settings, -(-self.validation_rows // (dp * micro)))
 
     def train_dataloader(self) -> WrappedDataLoader:
         s = self.settings
         order = training_order(self.seed, self.train_rows, s.optimization.max_steps * s.global_batch_size)
-        return self._loader("train", self.train_rows, order, s.batch.micro)
+        return self._loader("train", order, s.batch.micro)
 
     def val_dataloader(self) -> WrappedDataLoader:
         micro = self.settings.batch.validation_micro
         order = evaluation_order(self.validation_rows, self.settings.data_parallel_size, micro)
-        return self._loader("validation", self.validation_rows, order, micro)
+        return self._loader("validation", order, micro)
 
-    def _loader(self, split: str, rows: int, order: np.ndarray, micro_batch_size: int) -> WrappedDataLoader:
-        s = self.settings
-        path = Path(s.run.data_path) / f"{split}.npy"
-        dataset = PackedRows(path, s.batch.sequence_length, self.vocab_size, rows, s.batch.mask_alignment)
+    def _loader(self, split: str, order: np.ndarray, micro_batch_size: int) -> WrappedDataLoader:
+        dataset = PackedRows(self.splits, split, self.settings.batch.mask_alignment)
         rank, dp = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         batches = micro_batches(order, rank, dp, micro_batch_size)
-        # No workers: a row is 24 KiB of a mapped file, and a worker would read ahead of run_start.
+        # No workers: a row is one read of 24 KiB, and a worker would read ahead of run_start.
         return WrappedDataLoader(mode=split, dataset=dataset, batch_sampler=batches, num_workers=0)
 
 

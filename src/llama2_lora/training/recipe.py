@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loops import _TrainingEpochLoop
+from lightning.pytorch.loops import _TrainingEpochLoop  # PRIVATE: lightning 2.4 lightning.pytorch.loops._TrainingEpochLoop
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
@@ -23,13 +23,14 @@ from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommO
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
-from transformer_engine.pytorch.module.base import destroy_ub
+from transformer_engine.pytorch.module import destroy_ub
 
 from llama2_lora.config import rules
 from llama2_lora.config.settings import Settings
 from llama2_lora.llama2 import LLAMA2_70B, LlamaShape
 from llama2_lora.training.adapter import SeededLoRA
 from llama2_lora.training.model import LoraLlama, data_step, forward_step
+from llama2_lora.training.restore import restore
 
 
 def build_config(settings: Settings, shape: LlamaShape) -> LlamaConfig:
@@ -127,7 +128,7 @@ def build_precision(settings: Settings) -> MegatronMixedPrecision:
 
 
 class SeededStrategy(MegatronStrategy):
-    """MegatronStrategy whose generators start from the run's seed.
+    """MegatronStrategy whose generators start from the run's seed, that restores by layer and leaves the model in place.
 
     NeMo 2.7.3 starts them from 1234 in every run (megatron_init.py): all runs would draw the same dropout masks. Ranks of
     one tensor-parallel group share theirs, since they may hold the same activations; all others differ.
@@ -142,6 +143,9 @@ class SeededStrategy(MegatronStrategy):
         rank = torch.distributed.get_rank() // self.tensor_model_parallel_size
         model_parallel_cuda_manual_seed(self.seed + rank, force_reset_rng=True)
 
+    def selective_restore(self) -> None:
+        restore(self)
+
     def teardown(self) -> None:
         """Give back what outlives the model, and leave the model where it is.
 
@@ -149,7 +153,8 @@ class SeededStrategy(MegatronStrategy):
         again: 34 GB a GPU between run_stop and the end of the process. Userbuffers live in a global of Transformer Engine.
         """
         destroy_ub()
-        model, self._lightning_module = self._lightning_module, None  # PRIVATE: lightning 2.4 Strategy._lightning_module
+        # PRIVATE: lightning 2.4 lightning.pytorch.strategies.Strategy._lightning_module
+        model, self._lightning_module = self._lightning_module, None
         try:
             super().teardown()
         finally:
@@ -205,7 +210,7 @@ class EvaluateAtSteps(_TrainingEpochLoop):
         super().__init__(trainer, max_steps=settings.optimization.max_steps)
         self.eval_steps, self.evaluation = settings.eval_steps, settings.evaluation
 
-    # PRIVATE: lightning 2.4 lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop._should_check_val_fx
+    # PRIVATE: lightning 2.4 lightning.pytorch.loops._TrainingEpochLoop._should_check_val_fx
     def _should_check_val_fx(self, data_fetcher: object) -> bool:
         return self.global_step in self.eval_steps
 

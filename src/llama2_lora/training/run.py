@@ -29,7 +29,8 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 def quiet_libraries() -> None:
     """Let NeMo, Lightning and Megatron log errors only: what a run has to say is in its MLPerf log."""
     nemo_logging.setLevel(logging.ERROR)
-    for name in ("lightning.pytorch", "lightning.fabric", "megatron.core", "torch.distributed"):
+    # lightning_fabric: another package, whose logger Lightning takes for its own messages once both are imported (2.4)
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning_fabric", "megatron.core", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -6,8 +6,9 @@
     dtypes       the extension's enumerations
     quantize     FP8 with a scale per tensor             blocks      block scaling, MXFP8
     nvfp4        NVFP4                                   gemm        matrix products
-    norms        RMSNorm                                 attention   fused attention, rotary embeddings
-    optimizer    multi-tensor Adam, norm, scale          userbuffers tensor-parallel collectives inside products
+    norms        RMSNorm                                 attention   fused attention, in FP8 too (attention_fp8)
+    rope         rotary embeddings                       optimizer   multi-tensor Adam, norm, scale
+    userbuffers  tensor-parallel collectives inside products
 
 Nothing here is imported on a GPU, and nothing of training/ outside knows of it.
 """

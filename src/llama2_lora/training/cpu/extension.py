@@ -24,7 +24,7 @@ from unittest.mock import patch
 
 import torch
 
-from llama2_lora.training.cpu import attention, dtypes, gemm, norms, optimizer, quantize, userbuffers
+from llama2_lora.training.cpu import attention, dtypes, gemm, norms, optimizer, quantize, rope, userbuffers
 
 FOLDER = Path(sys.prefix, "transformer_engine")  # scripts/setup_env.sh installs the wheel there
 KERNELS = (
@@ -38,8 +38,8 @@ KERNELS = (
     attention.get_fused_attn_backend,
     attention.fused_attn_fwd,
     attention.fused_attn_bwd,
-    attention.fused_rope_forward,
-    attention.fused_rope_backward,
+    rope.fused_rope_forward,
+    rope.fused_rope_backward,
     optimizer.multi_tensor_adam,
     optimizer.multi_tensor_l2norm,
     optimizer.multi_tensor_scale,
