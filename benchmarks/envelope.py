@@ -16,13 +16,10 @@ theirs; its 95% quantile is up to 0.008 above, where single runs are far off.
 from __future__ import annotations
 
 import csv
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from llama2_lora.config import schedule
 

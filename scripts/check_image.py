@@ -15,8 +15,6 @@ import sys
 import sysconfig
 from pathlib import Path
 
-TRANSFORMER_ENGINE = "2.9"  # what megatron-core 0.15 pins; the image brings it, requirements.txt does not name it
-
 
 def pinned() -> dict[str, tuple[str, str]]:
     """Module -> its package and the pinned version."""
@@ -25,7 +23,8 @@ def pinned() -> dict[str, tuple[str, str]]:
     modules = {"nemo.collections.llm": "nemo_toolkit", "megatron.core": "megatron-core"}
     found = {module: (package, pins[package]) for module, package in modules.items()}
     if importlib.import_module("torch").version.cuda:
-        found["transformer_engine"] = ("transformer_engine", TRANSFORMER_ENGINE)
+        minor = ".".join(pins["transformer_engine"].split(".")[:2])  # a base's own build of it may stay
+        found["transformer_engine"] = ("transformer_engine", minor)
     return found
 
 

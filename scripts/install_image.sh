@@ -57,15 +57,16 @@ install_transformer_engine() {
 }
 
 install_beside_torch() {
-  local before replaced
-  before="$(mktemp)"
+  local scratch before replaced
+  scratch="$(mktemp -d)" before="${scratch}/constraint.txt"
   kept >"${before}"
   # Transformer Engine's own wheel has no kernels: the base's, or the build below, must not be replaced by it
-  grep -v '^transformer_engine==' requirements.txt >"${before}.requirements"
-  pip_install --constraint "${before}" -r "${before}.requirements"
+  grep -v '^transformer_engine==' requirements.txt >"${scratch}/requirements.txt"
+  pip_install --constraint "${before}" -r "${scratch}/requirements.txt"
   install_transformer_engine
   # What came in addition may stay: an nvidia-* package that ours needs and the base lacked
   replaced="$(kept | comm -23 <(sort "${before}") <(sort))"
+  rm -r "${scratch}"
   [[ -z "${replaced}" ]] || die "the base's packages were replaced:" "${replaced}"
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Ways to run a command, for run.sub, which sources this: on every node or once per GPU, in the job's container or without one,
-# under Slurm with Pyxis or with docker or podman. Only functions.
-# shellcheck disable=SC2154  # run.sub sets the variables
+# under Slurm with Pyxis, or on this machine (LAUNCHER=local) with docker, podman or no container. Only functions.
+# shellcheck disable=SC2154  # run.sub declares the variables
 
 # launch hosts|nodes|first|ranks COMMAND...: once per node outside the container, once per node inside, once inside on the
 # first node, once per GPU inside. All but `hosts` run in the tree.
@@ -31,7 +31,7 @@ slurm_prefix() { # where
   fi
 }
 
-docker_prefix() { # where
+local_prefix() { # where
   [[ "$1" != hosts ]] || return 0
   if [[ "${CONT}" != none ]]; then
     prefix=("${DOCKER}" exec --workdir "${WORKDIR}")
@@ -47,11 +47,24 @@ docker_prefix() { # where
 # what libraries document. A list and not the whole environment: a host's PATH or CUDA_HOME would break the image.
 task_variables() {
   {
-    sed -n 's/^ *export \([A-Z][A-Z0-9_]*\)=.*/\1/p' "${TREE}"/config_*.sh
-    sed -n 's/.*_setting("\([A-Z][A-Z0-9_]*\)".*/\1/p' "${TREE}/src/llama2_lora/config/settings.py"
-    printf '%s\n' MASTER_ADDR MASTER_PORT BIND PYTHON
+    sed -n 's/ #.*//; s/^ *export / /p' "${TREE}"/config_*.sh | grep -oE ' [A-Z][A-Z0-9_]*=' | tr -d ' ='
+    settings_variables
+    printf '%s\n' LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT BIND PYTHON
     compgen -e | grep -E '^(NCCL|UCX|NVTE|TORCH|GLOO|CUBLAS|CUDNN)_' || true
   } | sort -u | grep -vxE 'CONT_MOUNTS|TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD' | grep -Fxf <(compgen -e)
+}
+
+settings_variables() {
+  sed -n 's/.* = _setting("\([A-Z][A-Z0-9_]*\)".*/\1/p' "${TREE}/src/llama2_lora/config/settings.py"
+}
+
+# An image's TARGET_LOSS, or the RANK and WORLD_SIZE of Enroot's hook for PyTorch, must not reach a run: what the job does not
+# set is exported empty, which settings.py and run_and_time.sh read as not set.
+hide_image_settings() {
+  local name
+  for name in $(settings_variables) LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT; do
+    export "${name}=${!name:-}"
+  done
 }
 
 # Runs a command in the background: bash looks at signals while it waits for a job, not while a command is in front.
@@ -91,15 +104,18 @@ create_container() {
 }
 
 create_slurm_container() {
+  ((restart == 0)) || remove_from_nodes || true # those of a former life; the former bookings try again
   book_cleanup
   say "creating container ${container} on every node"
   supervise srun --export=ALL --nodes="${DGXNNODES}" --ntasks="${DGXNNODES}" --ntasks-per-node=1 \
     --container-image="${CONT}" --container-name="${container}" --no-container-mount-home true
 }
 
-create_docker_container() {
-  local mount mounts options=(--detach --rm --name "${container}" --network=host --ipc=host --ulimit memlock=-1
-    --ulimit stack=67108864 --user "$(id -u):$(id -g)" --env HOME=/tmp --env USER --workdir "${WORKDIR}")
+# KILL as stop signal: `sleep` as process 1 ignores all others, and podman would wait ten seconds for it
+create_local_container() {
+  local mount mounts limit options=(--detach --rm --name "${container}" --network=host --ipc=host --stop-signal=KILL
+    --user "$(id -u):$(id -g)" --env HOME=/tmp --env USER --workdir "${WORKDIR}")
+  for limit in ${DOCKER_ULIMITS}; do options+=(--ulimit "${limit}"); done
   if [[ "${DOCKER##*/}" == podman ]]; then
     ((EUID == 0)) || options+=(--userns=keep-id) # else the user's files are another's in the container
     [[ "${PLATFORM}" != gpu ]] || options+=(--device nvidia.com/gpu=all)
@@ -108,28 +124,51 @@ create_docker_container() {
   fi
   IFS=, read -ra mounts <<<"${CONT_MOUNTS}"
   for mount in "${mounts[@]}"; do options+=(--volume "${mount}"); done
-  supervise "${DOCKER}" run "${options[@]}" "${CONT}" sleep infinity
+  supervise "${DOCKER}" run "${options[@]}" "${CONT}" sleep infinity && return
+  [[ -z "${DOCKER_ULIMITS}" ]] ||
+    complain "where a --ulimit is refused: DOCKER_ULIMITS= leaves them out (the host must then allow locked memory, for RDMA)"
+  return 1
 }
 
-# A cancelled job may launch nothing more. So a small job that waits for this one's end is booked to clean up after scancel,
-# a lost batch host or a kill; a job that ends by itself cleans up and cancels the booking.
+# All that this job has made, in former lives too. Pyxis does not look at the user's ENROOT_* folders, so enroot must not either.
+removal() {
+  # shellcheck disable=SC2016  # for the shell on the node
+  printf '%s ' 'unset "${!ENROOT_@}"; names="$(enroot list)" || exit;' \
+    'for name in ${names}; do [[ "${name}" != "$0"* ]] || enroot remove -f "${name}" || exit; done'
+}
+
+remove_command() { printf '%q ' bash -c "$(removal)" "pyxis_llama2_lora_${job}_"; }
+
+remove_from_nodes() { launch hosts bash -c "$(removal)" "pyxis_llama2_lora_${job}_"; }
+
+# A cancelled job may launch nothing more. So small jobs that wait for this one's end are booked to clean up after scancel, a lost
+# batch host or a kill; a job that ends by itself cleans up and cancels them. One per node: a dead node delays its own alone.
 book_cleanup() {
-  local booking=(sbatch --parsable --job-name="cleanup_${job}" --dependency="afterany:${job}" --nodes="${DGXNNODES}"
-    --nodelist="${SLURM_JOB_NODELIST:-$(hostname)}" --ntasks-per-node=1 --mem=100 --time=15 --chdir=/ --output=/dev/null)
+  local host id booking=(sbatch --parsable --job-name="cleanup_${job}" --dependency="afterany:${job}" --nodes=1 --ntasks=1
+    --mem=100 --time=15 --chdir=/ --output=/dev/null --wrap "$(remove_command)")
   [[ -z "${SLURM_JOB_PARTITION:-}" ]] || booking+=(--partition="${SLURM_JOB_PARTITION}")
   [[ -z "${SLURM_JOB_ACCOUNT:-}" ]] || booking+=(--account="${SLURM_JOB_ACCOUNT}")
-  booking+=(--wrap "srun --ntasks-per-node=1 enroot remove -f pyxis_${container}")
-  cleanup_job="$(supervise "${booking[@]}")" ||
-    say "no cleanup job: after scancel, run enroot remove -f pyxis_${container} on the nodes"
+  for host in "${hosts[@]}"; do
+    if ! id="$(supervise "${booking[@]}" --nodelist="${host}")"; then
+      say "no cleanup jobs: after scancel, run on the nodes: $(remove_command)"
+      return 0
+    fi
+    cleanup_jobs+=("${id}")
+  done
 }
 
 remove_container() {
   [[ -n "${container}" ]] || return 0
-  if [[ "${LAUNCHER}" == docker ]]; then
+  if [[ "${LAUNCHER}" == local ]]; then
     supervise "${DOCKER}" rm --force "${container}" >/dev/null
-  elif ((stop_status != EXIT_CANCELLED)); then # else Slurm refuses new steps, and the booked job does it
-    # Where Pyxis scopes containers to the job there is nothing left to remove, which is no error
-    launch hosts bash -c "enroot remove -f pyxis_${container} >/dev/null 2>&1 || true"
-    [[ -z "${cleanup_job:-}" ]] || supervise scancel --quiet "${cleanup_job}"
+  elif ((stop_status != EXIT_CANCELLED)); then # else Slurm refuses new steps, and the booked jobs do it
+    remove_from_nodes || return 1
+    ((${#cleanup_jobs[@]} == 0)) || supervise scancel --quiet "${cleanup_jobs[@]}"
   fi
+}
+
+# What is stopped here may run on in a container, whose processes are not this one's children, while its log says aborted
+end_stragglers() {
+  [[ "${LAUNCHER}" == local && -n "${container}" && "${DRY_RUN}" != 1 ]] || return 0
+  "${DOCKER}" exec "${container}" bash -c 'kill -KILL -1' || true # all but process 1 and itself
 }

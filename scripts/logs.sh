@@ -24,15 +24,27 @@ log_to() { # file COMMAND...
 }
 
 # What no rank could write: a run that began and has no end gets `run_stop` with status aborted; a line that was cut in the
-# middle is made plain text, so that the log parses.
+# middle is made plain text, so that the log parses. Fails where the disk does not take that.
 close_log() { # log reason
   [[ -f "$1" ]] || return 0
-  [[ -z "$(tail -c 1 "$1")" ]] || echo >>"$1"
-  sed -i 's/:::MLLOG \(.*[^}[:space:]]\)[[:space:]]*$/cut off: \1/' "$1"
-  if grep -q ':::MLLOG .*"run_start"' "$1" && ! grep -q ':::MLLOG .*"run_stop"' "$1"; then
-    mllog INTERVAL_END run_stop null "{\"file\": \"run.sub\", \"lineno\": ${LINENO}, \"status\": \"aborted\"}" >>"$1"
-    say "$2: run_stop (aborted) written for it" | tee -a "$1"
+  end_last_line "$1"
+  sed -i 's/:::MLLOG \(.*[^}[:space:]]\)[[:space:]]*$/cut off: \1/' "$1" 2>/dev/null || true # a full disk: no cut line is left
+  if ! grep -q ':::MLLOG .*"run_start"' "$1" || grep -q ':::MLLOG .*"run_stop"' "$1"; then
+    return 0
   fi
+  if mllog INTERVAL_END run_stop null "{\"file\": \"run.sub\", \"lineno\": ${LINENO}, \"status\": \"aborted\"}" 2>/dev/null >>"$1"; then
+    say "$2: run_stop (aborted) written for it" | tee -a "$1" || end_last_line "$1"
+  else
+    end_last_line "$1"
+    complain "$1: run_stop (aborted) could not be written; is the disk full?"
+  fi
+  return 1
+}
+
+# A disk that is full takes no line end: then the cut line goes
+end_last_line() { # file
+  [[ -n "$(tail -c 1 "$1")" ]] || return 0
+  echo 2>/dev/null >>"$1" || truncate -s "-$(tail -n 1 "$1" | wc -c)" "$1"
 }
 
 # A log that its own job called finished holds the status; any other is of a run that was cut off
@@ -42,8 +54,11 @@ finished_status() { # log
 
 set_aside() { # log
   [[ -f "$1" ]] || return 0
-  close_log "$1" "run cut off"
-  mv "$1" "$1.interrupted_$(date +%s)"
+  close_log "$1" "run cut off" || true
+  local now env="${1%.log}.env"
+  now="$(date +%s)"
+  [[ ! -f "${env}" ]] || mv "${env}" "${env}.interrupted_${now}"
+  mv "$1" "$1.interrupted_${now}"
 }
 
 # srun returns the status of ranks that it ended itself: look for that of the one which failed first

@@ -5,6 +5,7 @@
     scripts/preflight.py                                      the current environment, as run.sub calls it
     scripts/preflight.py config_DGXH100_1x8x4.sh --plot x.png and a picture: LR, evaluations, memory
     scripts/preflight.py --inside                             and what only the node knows: files, hashes, GPUs
+    scripts/preflight.py CONFIG --measured FILE               times and memory from a rank that scripts/measure.py measured
 
 Exit status: 0 go, 1 no-go, 2 wrong usage. Memory is an account, times are a forecast: see memory.py and timing.py.
 """
@@ -17,12 +18,17 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from llama2_lora.config.names import unknown
 from llama2_lora.config.settings import Settings, SettingsError
 from llama2_lora.config.shell import source
 from llama2_lora.findings import Finding, at_least, count, exit_status, show
-from llama2_lora.forecast.plan import Plan, misspelt, plan
-from llama2_lora.forecast.tables import plot, show_plan
+from llama2_lora.forecast.cost import Rates, cost, positive
+from llama2_lora.forecast.measured import Measured
+from llama2_lora.forecast.measured import read as read_measured
+from llama2_lora.forecast.plan import Plan, plan
+from llama2_lora.forecast.show import plot, show_plan
 
 NODE_PATHS = ("DATA_PATH", "CKPT_PATH", "RESULTS_PATH")  # where a node has its files, which no config says
 
@@ -33,6 +39,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw LR, evaluations and memory (.png, .svg, .pdf)")
     parser.add_argument("--inside", action="store_true", help="check files, hashes, checkpoint and GPUs of this node too")
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="what scripts/measure.py wrote of this config")
+    parser.add_argument("--gpu-hour-price", type=positive, metavar="P", help="price of one GPU for an hour, for the cost")
+    help_watts = "mean power of one GPU with its share of the node, for the energy"
+    parser.add_argument("--gpu-watts", type=positive, metavar="W", help=help_watts)
     return parser.parse_args(argv)
 
 
@@ -44,39 +54,49 @@ def environment(config: Path | None) -> dict[str, str]:
     return {name: here[name] for name in NODE_PATHS if name in here} | source(config)
 
 
-def examine(env: dict[str, str], inside: bool) -> tuple[Plan | None, list[Finding], list[Finding] | None]:
+def examine(
+    config: Path | None, inside: bool, rank: Measured | None
+) -> tuple[Plan | None, list[Finding], list[Finding] | None]:
     """The plan, unless the settings are illegal; everything to be said; and what this node's own checks found."""
+    env = environment(config)
+    names = list(unknown(env, ours=config is not None))
     try:
         settings = Settings.from_env(env)
     except SettingsError as error:
-        return None, [Finding("error", "settings", line) for line in str(error).splitlines()], None
-    found = plan(settings)
+        return None, [*(Finding("error", "settings", problem) for problem in error.problems), *names], None
+    found = plan(settings, rank)
     here = None
     if inside:
         from llama2_lora.node.files import inspect
 
         here = inspect(settings)
-    return found, [*found.findings, *misspelt(env), *at_least(here or [], "warning")], here
+    return found, [*found.findings, *names, *at_least(here or [], "warning")], here
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
-        found, findings, inside = examine(environment(arguments.config), arguments.inside)
+        rank = read_measured(arguments.measured) if arguments.measured else None
+        found, findings, inside = examine(arguments.config, arguments.inside, rank)
         if arguments.plot and found:
             plot(found, arguments.plot)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    status = exit_status(findings)
+    status, rates = exit_status(findings), Rates(arguments.gpu_hour_price, arguments.gpu_watts)
     if arguments.json:
-        values = found.as_dict() if found else {"config": str(arguments.config or "environment")}
+        values: dict[str, Any] = found.as_dict() if found else {"config": str(arguments.config or "environment")}
         values |= {"findings": [vars(finding) for finding in findings], "go": status == 0}
+        if found and found.forecast:
+            values["cost"] = {
+                name: vars(cost(hours.middle, rates))
+                for name, hours in zip(("run", "job"), found.forecast.gpu_hours(), strict=True)
+            }
         values |= {} if inside is None else {"inside": [vars(check) for check in inside]}
         print(json.dumps(values, indent=2))
         return status
     if found:
-        show_plan(found, inside)
+        show_plan(found, inside, rates)
     show(findings)
     problems = count(findings)
     verdict = "no-go" if status else "go"

@@ -12,7 +12,7 @@ main() {
   fi
   # shellcheck source=/dev/null
   source "$(realpath "$1")" # without a slash, source would look in PATH first
-  LAUNCHER=docker exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sub"
+  LAUNCHER=local exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sub"
 }
 
 main "$@"

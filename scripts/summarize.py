@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llama2_lora.findings import Finding
-from llama2_lora.forecast.cost import Rates
+from llama2_lora.forecast.cost import Rates, positive
 from llama2_lora.judge.checks import RULESETS, judge
 from llama2_lora.judge.page import page
 from llama2_lora.judge.report import as_dict
@@ -32,27 +32,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="LOGDIR")
     parser.add_argument("--ruleset", choices=RULESETS, default="5.1.0", help="rules to judge by (5.1.0)")
-    parser.add_argument("--peak-tflops", type=_positive, metavar="X", help="dense peak of one accelerator, for MFU")
-    parser.add_argument("--gpu-hour-price", type=_positive, metavar="P", help="price of one GPU for an hour, for the cost")
+    parser.add_argument("--peak-tflops", type=positive, metavar="X", help="dense peak of one accelerator, for MFU")
+    parser.add_argument("--gpu-hour-price", type=positive, metavar="P", help="price of one GPU for an hour, for the cost")
     help_watts = "mean power of one GPU with its share of the node, where no meter's log is there"
-    parser.add_argument("--gpu-watts", type=_positive, metavar="W", help=help_watts)
+    parser.add_argument("--gpu-watts", type=positive, metavar="W", help=help_watts)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--csv", action="store_true", help="print one CSV row per run")
     help_watch = "follow a job: look again every S seconds (5) until its trials have ended or it was killed"
-    parser.add_argument("--watch", type=_positive, nargs="?", const=5.0, metavar="S", help=help_watch)
+    parser.add_argument("--watch", type=positive, nargs="?", const=5.0, metavar="S", help=help_watch)
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that needs nothing else")
     arguments = parser.parse_args(argv)
     if not arguments.folder.exists():
         parser.error(f"{arguments.folder}: does not exist")
     return arguments
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError("must be above 0")
-    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

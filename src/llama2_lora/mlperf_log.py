@@ -102,8 +102,12 @@ class MLPerfLog:
         status = constants.SUCCESS if success else constants.ABORTED
         self._emit(self._logger.end, constants.RUN_STOP, None, samples, {"status": status})
 
-    def abort(self, samples: int) -> None:
-        """Close what is open and stop as aborted, from any state in which the scored clock runs; else do nothing."""
+    def abort(self, samples: int | None = None) -> None:
+        """Close what is open and stop as aborted, from any state in which the scored clock runs; else do nothing.
+
+        samples: trained on so far; None: as many as at the last block or evaluation.
+        """
+        samples = self._samples if samples is None else samples
         if self._state == "block":
             self.block_stop(self._samples)
         elif self._state in ("eval", "evaluated"):
@@ -138,8 +142,8 @@ def submission_values(settings: Settings) -> dict[str, Any]:
     """What the log says of the submission, in the order of the published logs."""
     s = settings.submission
     platform = s.platform or settings.system.name
-    if settings.system.platform == "cpu":
-        platform = "CPU rehearsal, not a submission"
+    if settings.rehearsal:
+        platform = f"{settings.system.platform.upper()} rehearsal, not a submission"
     return {
         constants.SUBMISSION_BENCHMARK: rules.NAME,
         constants.SUBMISSION_ORG: s.organization,

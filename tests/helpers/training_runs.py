@@ -18,8 +18,8 @@ from llama2_lora.data import packed
 
 SEQUENCE, VOCAB, TRAIN_ROWS, VALIDATION_ROWS = 32, 64, 40, 13  # 13 rows: no batch size divides them
 TINY = dict(
-    hidden_size=32,
-    intermediate_size=48,
+    hidden_size=64,
+    intermediate_size=128,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,

@@ -174,7 +174,7 @@ def browser() -> str:
     return str(found)
 
 
-def rendered(page: Path, tmp_path: Path) -> str:
+def rendered(page: Path, tmp_path: Path, width: int = 1300) -> str:
     """The DOM after layout, without a network. The page's own geometry is read by a probe that only this copy has."""
     probe = tmp_path / "probe.html"
     probe.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
@@ -185,6 +185,7 @@ def rendered(page: Path, tmp_path: Path) -> str:
         "--no-sandbox",
         "--disable-gpu",
         *offline,
+        f"--window-size={width},900",
         f"--user-data-dir={tmp_path}/profile",
     ]
     done = subprocess.run([*command, "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=60)
@@ -201,6 +202,18 @@ const report = {
       box(e).left < box(s).left - 1 || box(e).top < box(s).top - 1 || box(e).bottom > box(s).bottom + 1).length })),
   bands: document.querySelectorAll("polygon.band").length, bars: document.querySelectorAll("polygon.time").length,
   rows: document.querySelectorAll("tbody tr").length, findings: document.querySelectorAll("#findings li").length,
+  title: document.title, heading: document.querySelector("h1").innerText,
+  marks: document.querySelectorAll("g.best, g.worst").length,
+  hovers: [...document.querySelectorAll("svg.chart circle.hover")].filter(c => c.parentNode.querySelector("title")).length,
+  headings: [...document.querySelectorAll("table.runs th")].map(e => e.innerText),
+  links: [...document.querySelectorAll("#contents a")]
+    .map(e => [e.innerText, !!document.querySelector(e.getAttribute("href"))]),
+  firstChart: box(document.querySelector("svg.chart") || document.body).top, height: document.documentElement.scrollHeight,
+  findingsTop: box(document.querySelector("#findings")).top,
+  lastChart: Math.max(0, ...[...document.querySelectorAll("svg.chart")].map(s => box(s).bottom)),
+  smallest: Math.min(99, ...[...document.querySelectorAll("svg.chart text")].map(e => box(e).height)),
+  goal: [...document.querySelectorAll("svg text.goal")].map(e => Math.min(...[...e.closest("svg")
+    .querySelectorAll(".run circle")].map(c => box(e).left - box(c).right))),
   verdict: document.querySelector("#verdict").innerText, wide: document.documentElement.scrollWidth - innerWidth,
   ink: getComputedStyle(document.body).color, paper: getComputedStyle(document.body).backgroundColor };
 document.body.dataset.report = JSON.stringify(report);
@@ -227,6 +240,10 @@ def test_page_in_a_browser(summarize: Callable[..., Done], ten: Path, tmp_path: 
         assert chart["outside"] == 0
     assert [chart["runs"] for chart in seen["charts"]] == [10, 10, 0]
     assert (seen["bands"], seen["bars"], seen["rows"], seen["findings"]) == (1, 30, 10, 0)
+    assert seen["marks"] == 4  # the best and the worst run, in two charts
+    assert seen["hovers"] == 10 * (5 + 5)  # five evaluations and five blocks of each run say their values
+    assert seen["firstChart"] < 300
+    assert min(seen["goal"]) > 0  # the target's label is right of every point
     assert seen["verdict"] == "10 runs, rules 5.1.0: all runs complied and converged"
     assert seen["wide"] <= 0
     assert seen["ink"] != seen["paper"]
@@ -249,6 +266,79 @@ def test_page_of_broken_runs_in_a_browser(summarize: Callable[..., Done], tmp_pa
     assert all(chart["outside"] == 0 for chart in seen["charts"])
 
 
+def test_page_of_a_round_in_a_browser(summarize: Callable[..., Done], tmp_path: Path) -> None:
+    """Twelve systems: a table by score with links, no chart below it before that, the findings last."""
+    for number in range(12):
+        folder = tmp_path / f"round/results/system_{number:02}/llama2_70b_lora"
+        losses = (*CONVERGING[:-1], *([0.9255] * (number % 4)), 0.924)
+        for trial in range(10):
+            write_run(folder / f"result_{trial}.txt", seed=trial, losses=losses, lora_alpha=16 if number == 3 else 32)
+    summarize(tmp_path / "round", "--html", tmp_path / "page.html")
+    seen = report(rendered(tmp_path / "page.html", tmp_path))
+    names = [name for name, _ in seen["links"]]
+    assert len(names) == 12
+    assert all(there for _, there in seen["links"])
+    assert "system_00" in names[0]  # the fastest; those with three evaluations more come last
+    assert "system_11" in names[-1]
+    assert seen["firstChart"] < 900
+    assert seen["findingsTop"] > seen["lastChart"]
+    assert seen["height"] < 12 * 700 + 900
+    assert seen["wide"] <= 0
+
+
+def test_page_on_a_phone(summarize: Callable[..., Done], ten: Path, tmp_path: Path) -> None:
+    summarize(ten, "--html", tmp_path / "page.html")
+    seen = report(rendered(tmp_path / "page.html", tmp_path, width=390))
+    assert seen["wide"] <= 0
+    assert seen["smallest"] >= 10  # pixels
+    assert all(chart["outside"] == 0 for chart in seen["charts"])
+
+
+def test_page_on_paper(summarize: Callable[..., Done], ten: Path, tmp_path: Path) -> None:
+    """One system is one or two sheets, whatever the reader's colours are."""
+    summarize(ten, "--html", tmp_path / "page.html")
+    command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+    command += [f"--print-to-pdf={tmp_path}/page.pdf", (tmp_path / "page.html").as_uri()]
+    subprocess.run(command, capture_output=True, timeout=60, check=True)
+    assert 1 <= len(re.findall(rb"/Type\s*/Page\b", (tmp_path / "page.pdf").read_bytes())) <= 2
+
+
+def test_page_names_the_system(summarize: Callable[..., Done], tmp_path: Path) -> None:
+    tree = tmp_path / "Cobalt"
+    write_run(tree / "results/box/llama2_70b_lora/result_0.txt")
+    (tree / "systems").mkdir()
+    described = {
+        "number_of_nodes": 1,
+        "accelerators_per_node": 8,
+        "accelerator_model_name": "H100",
+        "system_name": "Box of eight",
+    }
+    (tree / "systems/box.json").write_text(json.dumps(described))
+    summarize(tree, "--html", tmp_path / "page.html")
+    seen = report(rendered(tmp_path / "page.html", tmp_path))
+    assert (seen["title"], seen["heading"]) == ("Box of eight", "Box of eight")
+
+
+def test_page_of_a_rehearsal_has_no_empty_columns(summarize: Callable[..., Done], tmp_path: Path) -> None:
+    write_run(tmp_path / "logs/a_1.log", submission_platform="CPU rehearsal, not a submission")
+    summarize(tmp_path / "logs", "--html", tmp_path / "page.html")
+    seen = report(rendered(tmp_path / "page.html", tmp_path))
+    assert "MFU" not in seen["headings"]
+    assert "vs published" not in seen["headings"]
+    assert "minutes" in seen["headings"]
+    assert seen["bands"] == 0
+
+
+def test_cost(summarize: Callable[..., Done], ten: Path) -> None:
+    """Ten runs of 1,736 s and 60 s of init on eight GPUs: 39.91 GPU-hours; at 700 W 27.9 kWh."""
+    done = summarize(ten, "--gpu-hour-price", "2.5", "--gpu-watts", "700")
+    assert "cost: 39.9 GPU-hours, 99.78 in money, 27.9 kWh for 10 runs" in done.stdout
+    found = json.loads(summarize(ten, "--json", "--gpu-hour-price", "2.5").stdout)["results"][0]["cost"]
+    assert found["gpu_hours"] == pytest.approx(10 * 8 * 1796 / 3600)
+    assert found["money"] == pytest.approx(2.5 * found["gpu_hours"])
+    assert found["energy_kwh"] is None
+
+
 # ---- Watching --------------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +359,46 @@ def test_watch_follows_a_job_to_its_end(tmp_path: Path) -> None:
     assert process.returncode == 0
     assert len(json.loads(out)["results"][0]["runs"]) == 2
     assert "a_2.log: converged" in err
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "slurmstepd: error: *** JOB 77 ON n1 CANCELLED AT 2026-11-24T10:00:00 DUE TO TIME LIMIT ***",
+        "run.sub: trial 1 finished with status 137: training FAILED (137), compliance passed",
+        "+ echo 'RUNANDTIME_STOP 1745262466'",
+    ],
+)
+def test_watch_ends_when_the_job_was_killed(tmp_path: Path, end: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a_1.env").write_text("NEXP=10\n")
+    (tmp_path / "a_1.log").write_text("\n".join([*run_lines()[:60], end]) + "\n")
+    started = time.monotonic()
+    assert script.main([str(tmp_path), "--watch", "0.2", "--json"]) == 1
+    assert time.monotonic() - started < 20
+    found = json.loads(capsys.readouterr().out)["findings"]
+    assert "job ended" in [finding["code"] for finding in found]
+
+
+def test_watch_ends_when_nothing_was_written_for_long(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half an hour, the longest initialization that the rules allow."""
+    log = tmp_path / "a_1.log"
+    log.write_text("\n".join(run_lines()[:60]) + "\n")
+    os.utime(log, (time.time() - 1900, time.time() - 1900))
+    assert script.main([str(tmp_path), "--watch", "0.2", "--json"]) == 1
+    assert "nothing was written for 32 minutes" in capsys.readouterr().out
+
+
+def test_watch_asks_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A job that squeue does not know has ended; one that it knows goes on."""
+    squeue = tmp_path / "bin/squeue"
+    squeue.parent.mkdir()
+    squeue.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/241124101010_77_1.log").write_text("\n".join(run_lines()[:60]) + "\n")
+    assert script.main([str(tmp_path / "logs"), "--watch", "0.2", "--json"]) == 1
+    assert "Slurm has no such job" in capsys.readouterr().out
 
 
 def test_progress_of_a_run(tmp_path: Path) -> None:

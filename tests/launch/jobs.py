@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pwd
 import re
 import shutil
@@ -67,24 +68,34 @@ class Cluster:
     environment: dict[str, str]
     jobs: list[Job] = field(default_factory=list)
 
-    def run(self, *command: str, user: str | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, user: str | None = None, folder: Path = ROOT, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         who = dict(user=user, group=pwd.getpwnam(user).pw_gid, extra_groups=[]) if user else {}
         environment = self.environment | variables
-        return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, **who)
+        return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=60, **who)
 
     def control(self, *arguments: str) -> None:
         subprocess.run([HERE / "cluster.sh", *arguments], env=self.environment, check=True, timeout=60)
 
     def submit(
-        self, results: Path, *options: str, script: Path = ROOT / "run.sub", user: str | None = None, **variables: str
+        self,
+        results: Path,
+        *options: str,
+        script: Path = ROOT / "run.sub",
+        user: str | None = None,
+        folder: Path = ROOT,
+        **variables: str,
     ) -> Job:
-        """`source CONFIG && sbatch -N $DGXNNODES run.sub` with these variables exported after the config."""
+        """`source CONFIG && sbatch -N $DGXNNODES -t $WALLTIME run.sub` with these variables exported after the config."""
         output = results.parent / f"{results.name}.out"
         names = " ".join(f'{name}="${{_{name}}}"' for name in variables)
-        line = f'source "{HERE}/config_CPU_2x2x4.sh"; export {names}; exec sbatch --parsable -N "$DGXNNODES" "$@"'
+        line = (
+            f'source "{HERE}/config_CPU_2x2x4.sh"; export {names}; exec sbatch --parsable -N "$DGXNNODES" -t "$WALLTIME" "$@"'
+        )
         hidden = {f"_{name}": value for name, value in variables.items()}
         command = ["bash", "-c", line, "submit", f"--output={output}", *options, str(script)]
-        done = self.run(*command, user=user, **hidden)
+        done = self.run(*command, user=user, folder=folder, **hidden)
         assert done.returncode == 0, done.stderr
         job = Job(self, int(done.stdout), output, results)
         self.jobs.append(job)
@@ -112,44 +123,83 @@ class Site:
     folder: Path
     user: str | None = None
 
-    def submit(self, name: str, *options: str, script: Path = ROOT / "run.sub", **changes: str) -> Job:
+    def paths(self, name: str) -> dict[str, str]:
+        """What the README tells a user to export."""
+        folder = self.folder
+        names = {"DATADIR": "gov report", "MODEL": "check point", "LOGDIR": f"results {name}", "CONT": "image"}
+        return {variable: str(folder / name) for variable, name in names.items()}
+
+    def submit_as_documented(self, name: str, *options: str, **changes: str) -> Job:
+        """The README's four variables, a config and sbatch, and nothing more; PAYLOAD is the image's."""
+        variables = self.paths(name) | {"CONT": str(self.folder / "image with payload")} | changes
+        return self.cluster.submit(self.folder / f"results {name}", *options, user=self.user, **variables)
+
+    def submit(self, name: str, *options: str, script: Path = ROOT / "run.sub", folder: Path = ROOT, **changes: str) -> Job:
         """A job of the stand-in for training, unless `changes` say otherwise; an empty value leaves a variable out."""
-        results = self.folder / f"results {name}"
-        variables = {
-            "DATADIR": str(self.folder / "gov report"),
-            "MODEL": str(self.folder / "check point"),
-            "LOGDIR": str(results),
-            "CONT": str(self.folder / "image"),
-            "EXTRA_MOUNTS": "/usr:/usr:ro,/run/l2ltest:/run/l2ltest:ro",
-            "PYTHON": "tests/launch/bin/python",
-            "PAYLOAD": "pass",
-            "NEXP": "1",
-            "SEED": str(FIRST_SEED),
-            "DROP_CACHES_COMMAND": "true",
-        } | changes
+        variables = (
+            self.paths(name)
+            | {
+                "PAYLOAD": "pass",
+                "NEXP": "1",
+                "SEED": str(FIRST_SEED),
+                "DROP_CACHES_COMMAND": "true",
+            }
+            | changes
+        )
         variables = {name: value for name, value in variables.items() if value}
-        return self.cluster.submit(results, *options, script=script, user=self.user, **variables)
+        results = self.folder / f"results {name}"
+        return self.cluster.submit(results, *options, script=script, user=self.user, folder=folder, **variables)
 
 
 def make_site(cluster: Cluster, folder: Path, user: str | None = None) -> Site:
     folder.mkdir(parents=True)
     make_files(folder)
-    make_image(folder / "image")
+    mounts = [("/usr", "/usr"), ("/run/l2ltest", "/run/l2ltest")]
+    make_image(folder / "image", mounts)
+    make_image(folder / "image with payload", mounts, PAYLOAD="pass")
     if user:
         subprocess.run(["chown", "-hR", f"{user}:", folder], check=True)
     return Site(cluster, folder, user)
 
 
-def make_image(folder: Path) -> None:
-    """An image as a folder, whose variables contradict the job's. It has only `true`; all else of /usr comes by a mount."""
-    for name in ("etc", "tmp", "usr/bin"):
+IMAGE_VARIABLES = """\
+LR=9
+MLPERF_SUBMITTER=image
+PYTHON=/nowhere/python
+TARGET_LOSS=1.2
+RANK=5
+LOCAL_RANK=3
+WORLD_SIZE=1
+MASTER_ADDR=nowhere.invalid
+MASTER_PORT=1
+PATH=/opt/llama2_lora/bin:/usr/bin:/bin
+"""
+DEBIAN_PROFILE = """\
+if [ "$(id -u)" -eq 0 ]; then
+  PATH="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+else
+  PATH="/usr/local/bin:/usr/bin:/bin:/usr/local/games:/usr/games"
+fi
+export PATH
+for i in /etc/profile.d/*.sh; do . "$i"; done
+"""
+
+
+def make_image(folder: Path, mounts: list[tuple[str, str]], **more: str) -> None:
+    """A Debian image as a folder, whose variables contradict the job's; what it lacks are mounts, which its fstab lists."""
+    for name in ("etc/profile.d", "tmp", "opt/llama2_lora/bin"):
         (folder / name).mkdir(parents=True)
-    compile_true = ["gcc", "-static", "-x", "c", "-", "-o", folder / "usr/bin/true"]
-    subprocess.run(compile_true, input=b"int main(void) { return 0; }", check=True)
     for name in ("bin", "sbin", "lib", "lib64"):
         (folder / name).symlink_to(f"usr/{name}")
     shutil.copy("/etc/ld.so.cache", folder / "etc")
-    (folder / "etc/environment").write_text("LR=9\nMLPERF_SUBMITTER=image\nPYTHON=/nowhere/python\n")
+    (folder / "etc/environment").write_text(IMAGE_VARIABLES + "".join(f"{name}={value}\n" for name, value in more.items()))
+    (folder / "etc/profile").write_text(DEBIAN_PROFILE)
+    (folder / "etc/fstab").write_text("".join(f"{source} {target} none bind,ro\n" for source, target in mounts))
+    python = folder / "opt/llama2_lora/bin/python"
+    python.write_text('#!/bin/sh\nexec /workspace/ft-llm/tests/launch/bin/python "$@"\n')
+    python.chmod(0o755)
+    environment = os.environ | {"LOGIN_PROFILE": str(folder / "etc/profile.d/llama2_lora.sh")}
+    subprocess.run([ROOT / "scripts/install_image.sh", "login", "/opt/llama2_lora"], check=True, env=environment)
 
 
 def make_files(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Stands in for train.py where a test is about the launch: the same settings and the same log in a second, or a failure.
 
-PAYLOAD lists one word per trial; the trial follows from SEED, which counts up from FIRST_SEED.
+PAYLOAD lists one word per trial; the trial follows from SEED, which counts up from FIRST_SEED. One word is for all trials.
   pass         a log that the compliance checker accepts
   missed       the target is not reached: exit status 1
   silent       exit status 0, but a log without evaluations
@@ -8,6 +8,7 @@ PAYLOAD lists one word per trial; the trial follows from SEED, which counts up f
   killed       rank 3 dies of SIGKILL while the others wait
   hang         every rank waits, and has a child that does, until somebody ends them
   hang_once    hang, but pass after a requeue
+  flood        a megabyte of text, and then pass
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ BUILT = dict(
 def main() -> int:
     settings = Settings.from_env()
     rank, seed = settings.system.rank, settings.run.seed
-    what = os.environ["PAYLOAD"].split()[seed - FIRST_SEED]
+    words = os.environ["PAYLOAD"].split()
+    what = words[seed - FIRST_SEED] if len(words) > 1 else words[0]
     if what == "hang_once":
         what = "pass" if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else "hang"
     log = MLPerfLog(rank)
@@ -65,6 +67,9 @@ def misbehave(what: str, rank: int) -> None:
         sys.exit(3)
     if what == "killed" and rank == 3:
         os.kill(os.getpid(), signal.SIGKILL)
+    if what == "flood" and rank == 0:
+        for _ in range(20000):
+            print("a line of a library that fills the disk", flush=True)
     if what in ("exit3", "killed", "hang"):
         subprocess.Popen(["sleep", "1000"])
         time.sleep(1000)

@@ -8,7 +8,9 @@
  *   - --container-mounts as bind mounts (SRC:DST[:FLAGS] or PATH); missing mount points are created;
  *   - uid 0 with --container-remap-root, else the user's own id;
  *   - --container-workdir as working directory, else "/";
- *   - the variables of the image's /etc/environment, but for those that --container-env names.
+ *   - the variables of the image's /etc/environment, but for those that --container-env names; then what the
+ *     image's /etc/profile makes of them, as Enroot runs the task in a login shell;
+ *   - bind mounts that the image's /etc/fstab asks for (SRC DST none OPTIONS).
  * Like with Pyxis, a missing image, mount source or workdir fails the task, and so does --container-name
  * of a container that no earlier step made on this node with --container-image. Named containers outlive their
  * job, as with Pyxis's default container_scope=global, and a second --container-image of the same name is ignored.
@@ -31,6 +33,7 @@
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 #include <slurm/spank.h>
 
@@ -191,6 +194,56 @@ static void image_environment(spank_t sp, const char *image)
 	fclose(f);
 }
 
+/* inside the new root: the environment after a login shell's /etc/profile, and what it does to PATH and HOME */
+static int login_environment(spank_t sp)
+{
+	static char text[1 << 20];
+	char **env, *argv[] = { "sh", "-c", ". /etc/profile >/dev/null 2>&1; exec /usr/bin/env -0", NULL };
+	size_t length = 0;
+	ssize_t n;
+	int ends[2];
+	pid_t pid;
+
+	if (access("/etc/profile", R_OK) < 0 || access("/bin/sh", X_OK) < 0)
+		return 0;
+	if (spank_get_item(sp, S_JOB_ENV, &env) != ESPANK_SUCCESS || pipe(ends) < 0 || (pid = fork()) < 0)
+		return -1;
+	if (pid == 0) {
+		dup2(ends[1], 1);
+		close(ends[0]);
+		execve("/bin/sh", argv, env);
+		_exit(127);
+	}
+	close(ends[1]);
+	while (length < sizeof(text) - 1 && (n = read(ends[0], text + length, sizeof(text) - 1 - length)) > 0)
+		length += (size_t)n;
+	close(ends[0]);
+	waitpid(pid, NULL, 0);
+	for (char *at = text, *equals; at < text + length; at += strlen(at) + 1) {
+		if ((equals = strchr(at, '=')) == NULL)
+			continue;
+		*equals = '\0';
+		spank_setenv(sp, at, equals + 1, 1);
+		*equals = '=';
+	}
+	return 0;
+}
+
+static int mount_fstab(const char *root, const char *image)
+{
+	char path[PATH_MAX], src[PATH_MAX / 2], dst[PATH_MAX / 2], flags[512];
+	FILE *f;
+	int rv = 0;
+
+	snprintf(path, sizeof(path), "%s/etc/fstab", image);
+	if (strcmp(image, "/") == 0 || (f = fopen(path, "r")) == NULL)
+		return 0;
+	while (rv == 0 && fscanf(f, "%2047s %2047s %*s %511s", src, dst, flags) == 3)
+		rv = bind_into(root, src, dst, strstr(flags, "ro") != NULL ? "ro" : "rw");
+	fclose(f);
+	return rv;
+}
+
 static int new_namespaces(void)
 {
 	char uid[64], gid[64];
@@ -221,7 +274,7 @@ static int enter_root(const char *work, const char *lower)
 	for (size_t i = 0; i < sizeof(keep) / sizeof(*keep); ++i)
 		if (bind_into(root, keep[i], keep[i], "") < 0)
 			return -1;
-	if (mount("tmpfs", tmp, "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777") < 0 ||
+	if (mount("tmpfs", tmp, "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777") < 0 || mount_fstab(root, lower) < 0 ||
 	    (val[MOUNTS] != NULL && bind_all(root, val[MOUNTS]) < 0) ||
 	    (val[WRITABLE] == NULL && mount(NULL, root, NULL, MS_BIND | MS_REMOUNT | MS_RDONLY, NULL) < 0))
 		return -1;
@@ -263,6 +316,8 @@ int slurm_spank_task_init(spank_t sp, int ac, char **av)
 		slurm_error("stub: cannot set up the container: %s", strerror(errno));
 		return -1;
 	}
+	if (strcmp(lower, "/") != 0 && login_environment(sp) < 0)
+		return -1;
 	if (val[WORKDIR] != NULL && chdir(val[WORKDIR]) < 0) {
 		slurm_error("stub: couldn't chdir to %s: %s", val[WORKDIR], strerror(errno));
 		return -1;

@@ -46,9 +46,7 @@ def test_the_steps_in_order():
         "scripts/allreduce_bench.py",
     ]
     steps += (
-        ["--allreduce"]
-        + 2 * ["drop_caches", "scripts/run_and_time.sh", "mlperf_logging.compliance_checker"]
-        + ["enroot remove"]
+        ["--allreduce"] + ["drop_caches", "scripts/run_and_time.sh", "mlperf_logging.compliance_checker"] + ["enroot remove"]
     )
     found = iter(commands(SLURM))
     for step in steps:
@@ -56,8 +54,7 @@ def test_the_steps_in_order():
 
 
 def test_ranks_and_container_of_a_training():
-    first, second = training(commands(SLURM))
-    assert first == second, "the seed is a variable"
+    (first,) = training(commands(SLURM))
     for word in ("--nodes=8", "--ntasks=64", "--ntasks-per-node=8", "--kill-on-bad-exit=1", "--label"):
         assert word in first
     (mounts,) = (word for word in first if word.startswith("--container-mounts="))
@@ -68,13 +65,30 @@ def test_ranks_and_container_of_a_training():
     assert not {"PATH", "HOME", "LD_LIBRARY_PATH", "CONT_MOUNTS"} & set(listed)
 
 
-def test_variables_of_the_shell_that_the_task_needs_are_named():
-    read = settings.variables() - {"RANK", "LOCAL_RANK", "WORLD_SIZE"}  # those the launcher sets for each rank
-    found = commands(SLURM, **dict.fromkeys(read | {"NCCL_IB_HCA", "MYTHING", "RANK"}, "1") | {"PLATFORM": "gpu"})
+def test_all_that_settings_read_is_the_jobs_and_not_the_images():
+    """Set in the job or not: a name that is not listed would have the image's value."""
+    found = commands(SLURM, NCCL_IB_HCA="1", MYTHING="1", RANK="1")
     (names,) = (word for word in training(found)[0] if word.startswith("--container-env="))
     listed = set(names.partition("=")[2].split(","))
-    assert read | {"NCCL_IB_HCA"} <= listed
-    assert not {"MYTHING", "RANK"} & listed
+    assert settings.variables() | {"NCCL_IB_HCA", "PYTHON", "MASTER_ADDR", "BIND"} <= listed
+    assert "MYTHING" not in listed
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in ROOT.glob("config_*x*x*.sh")))
+def test_all_that_a_config_exports_reaches_the_training(config):
+    exported = dry_run(f"source {config} && env").stdout.split("\n")
+    names = {line.partition("=")[0] for line in exported if "=" in line} - {
+        *PATHS,
+        "DRY_RUN",
+        "PATH",
+        "HOME",
+        "PWD",
+        "SHLVL",
+        "_",
+    }
+    found = commands(f"source {config} && bash run.sub", PLATFORM="gpu", NCCL_TEST="0")
+    (listed,) = (word for word in training(found)[0] if word.startswith("--container-env="))
+    assert names <= set(listed.partition("=")[2].split(","))
 
 
 def test_without_containers():
@@ -91,6 +105,7 @@ def test_one_node_without_slurm(docker, gpus):
     at = create.index(gpus[0])
     assert create[at : at + 2] == gpus
     assert create[create.index("/my data:/data:ro") - 1] == "--volume"
+    assert "--stop-signal=KILL" in create
     assert create[-3:] == ["/images/x.sqsh", "sleep", "infinity"]
     name = create[create.index("--name") + 1]
     for words in training(found):
@@ -102,14 +117,16 @@ def test_one_node_without_slurm(docker, gpus):
     assert not any(words[0] == "srun" for words in found)
 
 
-def test_seeds_count_up_from_a_given_one_and_are_else_distinct():
-    def seeds(**changes: str) -> list[str]:
-        return [
-            line.split("seed ")[1].split(",")[0] for line in dry_run(SLURM, **changes).stdout.splitlines() if ": seed " in line
-        ]
+def test_one_trial_stands_for_all():
+    text = dry_run(SLURM, NEXP="10", SEED="7").stdout
+    assert "trial 1 of 10: seed 7" in text
+    assert "run.sub: and 9 more\n" in text
+    assert "more" not in dry_run(SLURM, NEXP="1").stdout
 
-    assert seeds(SEED="7", NEXP="3") == ["7", "8", "9"]
-    assert len(set(seeds(NEXP="3"))) == 3
+
+def test_seeds_are_drawn_anew():
+    lines = [line for _ in range(2) for line in dry_run(SLURM).stdout.splitlines() if ": seed " in line]
+    assert len(lines) == len(set(lines)) == 2
 
 
 def test_nothing_is_written():

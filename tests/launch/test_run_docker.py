@@ -21,10 +21,10 @@ def start(tmp_path):
     if os.geteuid() != 0:
         (pytest.fail if os.environ.get("REQUIRE_SLURM") == "1" else pytest.skip)("not root: the stand-in for docker mounts")
     make_files(tmp_path)
-    make_image(tmp_path / "an image")
     # Pairs, not a dict: with Debian's own Python, base_prefix is /usr too
     site = sysconfig.get_paths()["purelib"]
     mounts = [("/usr", "/usr"), (sys.base_prefix, "/run/l2ltest/python"), (site, "/run/l2ltest/site")]
+    make_image(tmp_path / "an image", mounts)
 
     def run(payload: str, **changes: str) -> subprocess.Popen:
         with open(tmp_path / "an image/etc/environment", "a") as f:
@@ -36,12 +36,10 @@ def start(tmp_path):
             "MODEL": str(tmp_path / "check point"),
             "LOGDIR": str(tmp_path / "results"),
             "CONT": str(tmp_path / "an image"),
-            "EXTRA_MOUNTS": ",".join(f"{source}:{target}:ro" for source, target in mounts),
-            "PYTHON": "tests/launch/bin/python",
             "SEED": str(FIRST_SEED),
-            "DROP_CACHES_COMMAND": "true",
             "MLPERF_SUBMITTER": "job",
         } | changes
+        environment = {name: value for name, value in environment.items() if value}
         out = open(tmp_path / "out", "w")  # noqa: SIM115 - the process holds it
         config = tmp_path / "config_CPU_1x2x4.sh"
         config.write_text(f'source "{ROOT}/{config.name}"\nexport NEXP={len(payload.split())}\n')
@@ -58,6 +56,21 @@ def log(folder: Path, trial: int) -> Path:
     return found
 
 
+def wait_for(condition, folder: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, (folder / "out").read_text()
+        time.sleep(0.1)
+
+
+def test_as_the_readme_writes_it(start, tmp_path):
+    """The four paths and the config: default commands, the image's python, a random seed."""
+    process = start("pass", SEED="", MLPERF_SUBMITTER="")
+    assert process.wait(120) == 0, (tmp_path / "out").read_text()
+    assert values(log(tmp_path, 1), "cache_clear") == [True]
+    assert values(log(tmp_path, 1), "submission_org") == ["unofficial"], "the config's, not the image's"
+
+
 def test_trials_are_run_and_judged(start, tmp_path):
     status = start("pass missed").wait(120)
     text = (tmp_path / "out").read_text()
@@ -71,16 +84,60 @@ def test_trials_are_run_and_judged(start, tmp_path):
 
 def test_interruption_closes_the_log_and_ends_the_container(start, tmp_path):
     process = start("hang hang")
-    deadline = time.monotonic() + 60
-    while "block_start" not in (tmp_path / "out").read_text():
-        assert time.monotonic() < deadline, (tmp_path / "out").read_text()
-        time.sleep(0.2)
+    wait_for(lambda: "block_start" in (tmp_path / "out").read_text(), tmp_path)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
     assert run_stops(log(tmp_path, 1)) == ["aborted"]
     assert len(list((tmp_path / "results").glob("*.log"))) == 1
     assert not list((tmp_path / "docker").iterdir())
     assert not processes_with("PAYLOAD=hang hang")
+
+
+def test_nothing_runs_on_behind_an_aborted_log(start, tmp_path):
+    """docker exec passes no signal on, and the container's end may take ten seconds."""
+    process = start("hang", DOCKER_SLOW_RM="3")
+    wait_for(lambda: "block_start" in (tmp_path / "out").read_text(), tmp_path)
+    process.send_signal(signal.SIGTERM)
+    wait_for(lambda: run_stops(log(tmp_path, 1)), tmp_path)
+    assert not processes_with("PAYLOAD=hang")
+    assert process.poll() is None, "the container is still there"
+    assert process.wait(60) == 143
+
+
+def test_refused_limits(start, tmp_path):
+    assert start("pass", DOCKER_REFUSES_ULIMITS="1").wait(60) == 1
+    assert "where a --ulimit is refused: DOCKER_ULIMITS= leaves them out" in (tmp_path / "out").read_text()
+    assert start("pass", DOCKER_REFUSES_ULIMITS="1", DOCKER_ULIMITS=" ").wait(60) == 0
+
+
+def test_a_disk_that_fills(tmp_path):
+    """No container, and a log folder of 200 KiB: the log ends in a whole line, and the run did not pass."""
+    if os.geteuid() != 0:
+        pytest.skip("not root: a small file system is mounted")
+    make_files(tmp_path)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\nexec "{sys.executable}" "${{@/#src\\/train.py/tests/launch/payload.py}}"\n')
+    python.chmod(0o755)
+    (tmp_path / "results").mkdir()
+    environment = {
+        "PATH": os.environ["PATH"],
+        "DATADIR": str(tmp_path / "gov report"),
+        "MODEL": str(tmp_path / "check point"),
+        "LOGDIR": str(tmp_path / "results"),
+        "CONT": "none",
+        "PYTHON": str(python),
+        "PAYLOAD": "flood",
+        "HEALTH": "off",
+        "DROP_CACHES_COMMAND": "true",
+    }
+    run = 'mount -t tmpfs -o size=200k tmpfs "$LOGDIR" && scripts/run_docker.sh config_CPU_1x2x4.sh; cp "$LOGDIR"/*_1.log "$0"'
+    command = ["unshare", "--mount", "bash", "-c", f"{run}; exit", tmp_path / "log"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    text = (tmp_path / "log").read_text()
+    assert "fills the disk" in text, done.stderr
+    assert text.endswith("\n")
+    assert run_stops(tmp_path / "log") == ["aborted"] or "run_stop (aborted) could not be written" in done.stderr
+    assert "training passed" not in done.stdout
 
 
 def test_missing_image(start, tmp_path):

@@ -28,6 +28,46 @@ def time_limited(site):
     return site.submit("limited", "--time=1", "--signal=B:USR1@50", PAYLOAD="hang", NEXP="2")
 
 
+def times_dropped() -> int:
+    """How often this kernel was told to drop its page cache."""
+    return int(dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())["drop_pagecache"])
+
+
+def test_a_job_as_the_readme_writes_it(site):
+    """Nothing is set but the four paths and the config: default commands, the image's python, a random seed."""
+    before = times_dropped()
+    job = site.submit_as_documented("documented")
+    assert job.wait() == 0, job.text()
+    assert values(job.log(1), "cache_clear") == [True, True]
+    assert times_dropped() >= before + 2, "the log says so: it must be so"
+    assert "compliance passed" in job.text()
+    assert {"TARGET_LOSS=", "RANK=", "LR=5e-4"} <= set(job.log(1).with_suffix(".env").read_text().splitlines())
+    assert_clean(job)
+
+
+def test_a_job_of_a_user_with_sudo(user_site):
+    rig = user_site.cluster.rig
+    (rig / "sudoers").write_text("games\n")
+    (rig / "sudo_games").touch()
+    (rig / "sudo_games").chmod(0o666)
+    job = user_site.submit_as_documented("with sudo")
+    status = job.wait()
+    (rig / "sudoers").unlink()
+    assert status == 0, job.text()
+    assert values(job.log(1), "cache_clear") == [True, True]
+    assert sorted((rig / "sudo_games").read_text().splitlines()) == [
+        f"{node}: -n /sbin/sysctl -q vm.drop_caches=3" for node in job.nodes()
+    ]
+
+
+def test_a_job_of_a_user_who_may_not_drop_caches(user_site):
+    job = user_site.submit_as_documented("without sudo")
+    assert job.wait() == 1, job.text()
+    assert "the caches were not dropped; give the job's user the right" in job.text()
+    assert "trial 1 finished with status 1" in job.log(1).read_text()
+    assert_clean(job)
+
+
 def test_two_trials_pass_and_leave_their_files(site):
     job = site.submit("passing", PAYLOAD="pass pass", NEXP="2")
     assert job.wait() == 0, job.text()
@@ -65,10 +105,44 @@ def test_a_user_who_is_not_root(user_site):
 def test_without_containers_from_a_tree_with_a_space_in_its_path(site):
     tree = site.folder / "my tree"
     tree.symlink_to(Path(__file__).resolve().parents[2])
-    job = site.submit("bare", script=tree / "run.sub", CONT="none", SLURM_MPI_TYPE="pmi2")
+    job = site.submit("bare", script=tree / "run.sub", CONT="none", SLURM_MPI_TYPE="pmi2", PYTHON="tests/launch/bin/python")
     assert job.wait() == 0, job.text()
     assert f"tree {tree}," in job.text()
     assert_clean(job)
+
+
+def test_relative_paths_are_meant_from_the_folder_of_the_sbatch_call(site):
+    (site.folder / "tree").symlink_to(Path(__file__).resolve().parents[2])
+    relative = {"DATADIR": "gov report", "MODEL": "./check point", "LOGDIR": "results relative", "CONT": "./image"}
+    job = site.submit("relative", "--chdir=/tmp", script=Path("tree/run.sub"), folder=site.folder, **relative)
+    assert job.wait() == 0, job.text()
+    assert run_stops(job.log(1)) == ["success"]
+
+
+def test_a_folder_that_cannot_be_written_ends_the_job_at_once(user_site):
+    for number, (folder, problem) in enumerate({"/usr/nowhere": "cannot be made", "/usr": "games cannot write there"}.items()):
+        job = user_site.submit(f"unwritable{number}", LOGDIR=folder)
+        assert job.wait() == 2, job.text()
+        assert f"LOGDIR={folder}: {problem}" in job.text()
+
+
+def test_the_all_reduce_is_measured(site):
+    """The default on GPUs."""
+    job = site.submit("allreduce", NCCL_TEST="1")
+    assert job.wait() == 0, job.text()
+    assert "measuring the all-reduce bandwidth" in job.text()
+    (measured,) = job.results.glob("*_allreduce.txt")
+    assert "bus_gb_per_s" in measured.read_text()
+
+
+def test_more_mounts(site):
+    """Here the interpreter is where only the mount puts it."""
+    (site.folder / "extra").mkdir()
+    python = site.folder / "extra/python"
+    python.write_text('#!/bin/sh\nexec /workspace/ft-llm/tests/launch/bin/python "$@"\n')
+    python.chmod(0o755)
+    job = site.submit("mounts", EXTRA_MOUNTS=f"{python.parent}:/extra:ro", PYTHON="/extra/python")
+    assert job.wait() == 0, job.text()
 
 
 def test_a_failed_trial_does_not_stop_the_next_and_the_worst_status_counts(site):
@@ -125,9 +199,37 @@ def test_a_requeue_after_a_lost_node_keeps_finished_trials(site):
     assert (job.log(1).stat().st_mtime_ns, job.log(1).stat().st_ino) == (first.st_mtime_ns, first.st_ino)
     (interrupted,) = job.results.glob("*_2.log.interrupted_*")
     assert run_stops(interrupted) == ["aborted"]
+    (environment,) = job.results.glob("*_2.env.interrupted_*")
+    assert f"SEED={values(interrupted, 'seed')[0]}" in environment.read_text().splitlines()
     assert run_stops(job.log(2)) == ["success"]
     site.cluster.control("start_node", lost.removeprefix("node"))
     assert_clean(job)  # once it is back, the booked cleanup job finds what the lost node still had
+
+
+def test_a_dead_node_does_not_keep_the_containers_of_the_others(site):
+    job = site.submit("dead", "--no-requeue", PAYLOAD="hang")
+    job.wait_for(lambda: run_started(job, 1), 60)
+    alive, dead = job.nodes()
+    assert containers(job, alive)
+    assert containers(job, dead)
+    site.cluster.control("stop_node", dead.removeprefix("node"))
+    site.cluster.run("scontrol", "update", f"NodeName={dead}", "State=DOWN", "Reason=test")
+    job.wait_for(lambda: not containers(job, alive), 60)
+    site.cluster.control("start_node", dead.removeprefix("node"))
+    site.cluster.run("scontrol", "update", f"NodeName={dead}", "State=RESUME")
+    assert_clean(job)
+
+
+def containers(job, node: str) -> list[Path]:
+    return list((job.cluster.rig / f"nodes/{node}/local/run/spank_stub").glob(f"*_{job.number}_*"))
+
+
+def test_a_users_own_enroot_folders(site):
+    """Pyxis does not look at them, so the containers are not there."""
+    job = site.submit("enroot", ENROOT_DATA_PATH="/nowhere", ENROOT_RUNTIME_PATH="/nowhere")
+    assert job.wait() == 0, job.text()
+    assert "could not be removed" not in job.text()
+    assert not [path for node in job.nodes() for path in containers(job, node)]
 
 
 def test_all_unset_variables_are_named_at_once(site):

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from helpers import ROOT
@@ -110,8 +111,11 @@ def test_data_that_changes_under_a_run_ends_it(tiny: Tiny, tmp_path: Path) -> No
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_once(tiny: Tiny, tmp_path: Path) -> None:
-    done = run_alone(tiny.environment(tmp_path, LR="1e30", MAX_STEPS="40") | FAST)
-    assert done.returncode == 1
+    mine = copy_of(tiny, tmp_path)
+    (norm,) = (mine.checkpoint / "weights/module.decoder.final_layernorm.weight").glob("[0-9]*")
+    norm.write_bytes(np.full(norm.stat().st_size // 4, np.inf, np.float32).tobytes())
+    done = run_alone(mine.environment(tmp_path, MAX_STEPS="40") | FAST)
+    assert done.returncode == 1, done.stderr[-2000:]
     assert len(errors(done)) == 1
     assert "loss is nan at step" in errors(done)[0]
     assert "on rank 0" in errors(done)[0]
@@ -188,3 +192,110 @@ def rank_process(parent: int, rank: int) -> int:
         if f"RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{pid}/environ").read_bytes().replace(b"LOCAL_RANK", b""):
             return int(pid)
     raise AssertionError(f"no process of rank {rank}: {children.stdout}")
+
+
+# ---- Runs that end in the middle
+
+PROGRAM = "import sys; sys.path[:0] = ['src', 'tests']; import train; {change}; sys.exit(train.main())"
+
+
+def run_changed(environment: dict[str, str], change: str) -> subprocess.CompletedProcess[str]:
+    """One rank of train.py's main, with one thing changed first."""
+    return subprocess.run(
+        [ROOT / "scripts/run_and_time.sh", "-c", PROGRAM.format(change=change)],
+        env=clean_environment(**environment),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def start(environment: dict[str, str], ranks: int, change: str = "pass") -> subprocess.Popen[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python"]
+    return subprocess.Popen(
+        [*torchrun, ROOT / "scripts/run_and_time.sh", "-c", PROGRAM.format(change=change)],
+        env=clean_environment(**environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[str, str]:
+    try:
+        return process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> None:
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(process.stderr.read()[-3000:])
+
+
+ENDLESS = {"MAX_STEPS": "100000", "TARGET_LOSS": "0"}
+
+
+def test_sigterm_ends_a_run_with_status_1(tiny: Tiny, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [ROOT / "scripts/run_and_time.sh"],
+        env=clean_environment(**(tiny.environment(tmp_path, **ENDLESS) | FAST)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(process, '"train_loss"')
+    process.terminate()
+    out, err = finish(process)
+    assert process.returncode == 1
+    assert [line for line in err.splitlines() if line.startswith("error: ")] == ["error: rank 0: stopped by a signal"]
+    assert "Traceback" not in err
+    assert [event["metadata"]["status"] for event in events(out, "run_stop")] == ["aborted"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_frozen_rank_ends_the_run_and_is_named(tiny: Tiny, tmp_path: Path, rank: int) -> None:
+    """With the limit of two minutes made one of eight seconds."""
+    quick = "import llama2_lora.training.cpu as c; exec('with c.cpu_platform(): from llama2_lora.training import watch')"
+    quick += "; watch.BEAT_SECONDS, watch.SILENT_SECONDS = 1, 8"
+    process = start(tiny.environment(tmp_path, DGXNGPU="2", MINIBS="4", **ENDLESS), 2, quick)
+    wait_for(process, '"train_loss"')
+    os.kill(rank_process(process.pid, rank=rank), signal.SIGSTOP)
+    out, err = finish(process)
+    assert process.returncode != 0
+    assert f"error: rank {rank} has been frozen for 8 s" in err
+    if rank == 1:  # rank 0 writes the log: where it is frozen, the launcher closes it
+        assert [event["metadata"]["status"] for event in events(out, "run_stop")] == ["aborted"]
+
+
+def test_a_disk_that_fills_while_the_adapter_is_saved_leaves_the_success(tiny: Tiny, tmp_path: Path) -> None:
+    """The disk's stand-in is a limit on file sizes that the adapter (20 kB) exceeds."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
+    done = run_changed(tiny.environment(tmp_path, TARGET_LOSS="9", SAVE_ADAPTER="1") | FAST, limit)
+    assert done.returncode == 1
+    assert len(errors(done)) == 1, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    assert [event["metadata"]["status"] for event in events(done.stdout, "run_stop")] == ["success"]
+
+
+def test_an_error_that_nobody_foresaw_is_one_line_with_its_place(tiny: Tiny, tmp_path: Path) -> None:
+    broken = "train.fit = lambda *_: {}['lost']"
+    done = run_changed(tiny.environment(tmp_path) | FAST, broken)
+    assert done.returncode == 1
+    assert errors(done) == ["error: rank 0: KeyError: 'lost' (<string>:1)"]
+    assert "Traceback" not in done.stderr
+
+
+def test_an_adapter_without_a_gradient_ends_the_run_at_the_first_step(tiny: Tiny, tmp_path: Path) -> None:
+    """What RECOMPUTE=full did on a frozen embedding: 40 sequences or 80, the evaluation's loss stayed the same."""
+    broken = "import llama2_lora.training.cpu as c; exec('with c.cpu_platform(): from llama2_lora.training import model')"
+    broken += "; model.let_gradients_through_recomputation = lambda m: None"
+    done = run_changed(tiny.environment(tmp_path, RECOMPUTE="full") | FAST, broken)
+    assert done.returncode == 1
+    assert "4 of 4 adapters get no gradient, the first of them decoder.layers.0.self_attention.linear_qkv" in errors(done)[0]
+    assert len(events(done.stdout, "train_loss")) == 1
+    assert [event["metadata"]["status"] for event in events(done.stdout, "run_stop")] == ["aborted"]

@@ -7,6 +7,8 @@ import subprocess
 from fnmatch import fnmatch
 from pathlib import Path
 
+from llama2_lora.findings import one_line
+
 SOURCE_SECONDS = 5
 SHELL_VARIABLES = ("PWD", "OLDPWD", "SHLVL", "_", "PATH")
 
@@ -17,6 +19,10 @@ def source(config: Path) -> dict[str, str]:
         raise ValueError(f"{config}: no such file")
     if not fnmatch(config.name, "config_*.sh"):  # sourcing runs it, whatever it is
         raise ValueError(f"{config}: must be a config_*.sh")
+    try:
+        config.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{config}: is no UTF-8: byte {error.start}, {error.reason}; save it in that encoding") from None
     command = ["bash", "--noprofile", "--norc", "-c", 'source "$1" >&2 && env -0', "bash", str(config.resolve())]
     try:
         done = subprocess.run(
@@ -27,9 +33,9 @@ def source(config: Path) -> dict[str, str]:
         seconds = f"more than {SOURCE_SECONDS} s"
         raise ValueError(f"{config}: takes {seconds}; a config exports variables and does nothing else") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{config}: exports a value that is no UTF-8 ({error.reason})") from None
+        raise ValueError(f"{config}: exports a value that is no UTF-8: {error.reason}") from None
     if done.returncode != 0:
         reason = said.strip().splitlines() or ["it prints nothing"]
-        raise ValueError(f"{config}: bash cannot source it: {reason[-1]}")
+        raise ValueError(f"{config}: bash cannot source it: {one_line(reason[-1])}")
     pairs = dict(item.split("=", 1) for item in text.split("\0") if "=" in item)
     return {name: value for name, value in pairs.items() if name not in SHELL_VARIABLES}

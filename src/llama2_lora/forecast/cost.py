@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 
@@ -33,3 +34,11 @@ def cost(gpu_hours: float, rates: Rates, measured_kwh: float | None = None) -> C
     money = None if rates.gpu_hour_price is None else gpu_hours * rates.gpu_hour_price
     reckoned = None if rates.gpu_watts is None else gpu_hours * rates.gpu_watts / 1e3
     return Cost(gpu_hours, money, reckoned if measured_kwh is None else measured_kwh)
+
+
+def positive(text: str) -> float:
+    """A number from a command line."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("must be above 0")
+    return value

@@ -8,7 +8,7 @@ its backward; the working set and the libraries are estimates. Sources, by the l
 [T] Transformer Engine 2.9: module/linear.py, tensor/storage/float8_tensor_storage.py (`update_usage` makes the transpose of
     an FP8 weight in the first forward and keeps it, where GEMMs take one layout only: Hopper).
 [M] Megatron Core 0.15: distrib_optimizer.py, fused_bias_swiglu.py, cross_entropy.py, transformer_block.py.
-[N] NeMo 2.7 ParallelLinearAdapter: dropout first; under sequence parallelism A reads the gathered sequence.
+[A] training/low_rank.py: the adapter reads what its frozen layer keeps anyway, and keeps [s, r]; dropout masks are drawn again.
 [E] An estimate.
 
 s tokens of a sequence on this rank (S / CP), t = TP, h hidden, f FFN width, L layers on this stage, b = MBS.
@@ -49,11 +49,16 @@ class Software:
 
     keeps_transposes: bool = True
     fp8_swiglu_input: bool = False  # whatever FP8_ACT says
-    keeps_dropout_masks: bool = True  # submissions recompute them
     keeps_bf16_beside_fp4: bool = True
+    fp8_attention_beside_fp4: bool = False
 
 
-PUBLISHED = Software(keeps_transposes=False, fp8_swiglu_input=True, keeps_dropout_masks=False, keeps_bf16_beside_fp4=False)
+PUBLISHED = Software(
+    keeps_transposes=False,
+    fp8_swiglu_input=True,
+    keeps_bf16_beside_fp4=False,
+    fp8_attention_beside_fp4=True,
+)
 
 
 @dataclass(frozen=True)
@@ -95,12 +100,13 @@ def memory_per_gpu(settings: Settings, shape: LlamaShape, accelerator: Accelerat
 
 
 def items(settings: Settings, shape: LlamaShape, accelerator: Accelerator, software: Software) -> tuple[Item, ...]:
+    micro = settings.batch.micro
+    step = [*_activations(settings, shape, software), _logits(settings, shape, micro), _working_set(settings, shape, micro)]
     found = [
         *_weights(settings, shape, accelerator, software),
         *_adapter(settings, shape),
-        *_activations(settings, shape, software),
-        *_logits(settings, shape),
-        _working_set(settings, shape),
+        *step,
+        _evaluation(settings, shape, sum(item.bytes for item in step)),
     ]
     slack = ALLOCATOR_SLACK * sum(item.bytes for item in found)
     found += [Item("allocator slack", slack, "E"), *_libraries(settings, shape)]
@@ -128,18 +134,20 @@ def _weights(settings: Settings, shape: LlamaShape, accelerator: Accelerator, so
         found.append(Item(what, (FP8 + blocks) * linear, "T"))
         if p.fp8_recipe == "mxfp8":  # its scales run along one axis, so each direction has its own copy
             found.append(Item("FP8 copies for the backward", (FP8 + blocks) * linear, "T"))
-        elif accelerator.tn_only and (software.keeps_transposes or not p.fp8_weights):
+        elif accelerator.needs_fp8_transposes and (software.keeps_transposes or not p.fp8_weights):
             found.append(Item("FP8 transposes for the backward", FP8 * linear, "T"))
     return found
 
 
 def _adapter(settings: Settings, shape: LlamaShape) -> list[Item]:
+    """Tensor parallelism shards B of linear_qkv and A of linear_proj; the other two are whole on every rank."""
     layout = settings.parallel
-    parameters = shape.lora_parameters(settings.optimization.lora_rank) / (layout.tp * layout.pp)
+    rank_layers = settings.optimization.lora_rank * shape.layers / layout.pp
+    parameters = rank_layers * (2 * shape.hidden + (shape.qkv_rows + shape.hidden) / layout.tp)
     shards = settings.data_parallel_size * layout.cp  # the distributed optimizer shards over both
     return [
-        Item("adapter (bf16)", BF16 * parameters, "M"),
-        Item("adapter gradients (bf16)", BF16 * parameters, "M"),
+        Item("adapter (bf16)", BF16 * parameters, "A"),
+        Item("adapter gradients (bf16)", BF16 * parameters, "A"),
         Item("AdamW: fp32 copy and two moments, sharded", 3 * FP32 * parameters / shards, "M"),
     ]
 
@@ -151,18 +159,18 @@ def layer_activations(settings: Settings, shape: LlamaShape, software: Software)
     tokens = settings.batch.sequence_length / layout.cp * settings.batch.micro
     sharded = t if layout.sequence_parallel else 1  # of what lies between the tensor-parallel regions
     residual = tokens * shape.hidden / sharded
-    attention = FP8 if p.fp8_attention else BF16
+    attention = FP8 if p.fp8_attention or (p.fp4 and software.fp8_attention_beside_fp4) else BF16
     qkv, out = tokens * shape.qkv_rows / t, tokens * shape.hidden / t
-    # The overlap leaves the gathering to the adapter, after its dropout (get_adapter_attributes_from_linear).
-    masked = residual if settings.performance.tp_comm_overlap else tokens * shape.hidden
-    masks = (masked + out) if settings.optimization.lora_dropout and software.keeps_dropout_masks else 0.0
+    # linear_qkv's [s, r] before and after the gather, linear_proj's after the scatter; an fp32 number a token for the norm.
+    low_rank = BF16 * settings.optimization.lora_rank * tokens * (1 + 2 / sharded) + FP32 * tokens / sharded
+    # linear_proj's input is the attention's output, which bf16 attention keeps too, FP8 attention in FP8 only.
+    own_input = BF16 * out if attention == FP8 or settings.performance.recompute == "selective" else 0.0
     swiglu = FP8 if software.fp8_swiglu_input or settings.precision.fp8_swiglu else BF16
     return [
         Item("inputs of both norms", 2 * BF16 * residual, "K"),
         Item("query, key, value", attention * qkv, "K"),
         Item("attention output", attention * out + FP32 * tokens * shape.heads / t, "K"),
-        Item("adapter inputs (qkv, proj)", BF16 * (tokens * shape.hidden + out), "N"),
-        Item("adapter dropout masks", masks, "N"),
+        Item("adapter", low_rank + own_input, "A"),
         Item("SwiGLU input", swiglu * 2 * tokens * shape.ffn / t, "M"),
     ]
 
@@ -182,31 +190,39 @@ def _activations(settings: Settings, shape: LlamaShape, software: Software) -> l
         ]
     if performance.recompute == "selective":  # the core attention only: its output goes, q, k and v stay
         one_layer = [item for item in one_layer if item.name != "attention output"]
-    # Offloaded layers leave the masks; two layers' worth is on its way to or from the host.
+    # Two offloaded layers' worth is on its way to or from the host.
     offloaded = min(performance.offload_layers, layers)
     kept = layers - max(0.0, offloaded - 2) if offloaded else layers
     return [
         Item(
             f"activations: {item.name}",
-            item.bytes * in_flight * (layers if "masks" in item.name else kept),
+            item.bytes * in_flight * kept,
             item.source,
         )
         for item in one_layer
     ]
 
 
-def _logits(settings: Settings, shape: LlamaShape) -> list[Item]:
+def _logits(settings: Settings, shape: LlamaShape, micro: int) -> Item:
     """bf16 logits, their fp32 copy, the softmax kept for the backward, and the bf16 gradient."""
-    tokens = settings.batch.sequence_length / settings.parallel.cp * settings.batch.micro
-    return [Item("logits and cross entropy", (2 * BF16 + 2 * FP32) * tokens * shape.vocab / settings.parallel.tp, "M")]
+    tokens = settings.batch.sequence_length / settings.parallel.cp * micro
+    return Item("logits and cross entropy", (2 * BF16 + 2 * FP32) * tokens * shape.vocab / settings.parallel.tp, "M")
 
 
-def _working_set(settings: Settings, shape: LlamaShape) -> Item:
+def _working_set(settings: Settings, shape: LlamaShape, micro: int) -> Item:
     """Of the largest layer backward, the MLP: gradients of fc1's output twice, and four tensors of the width h."""
     layout = settings.parallel
-    tokens = settings.batch.sequence_length / layout.cp * settings.batch.micro
+    tokens = settings.batch.sequence_length / layout.cp * micro
     size = 2 * BF16 * tokens * 2 * shape.ffn / layout.tp + 4 * BF16 * tokens * shape.hidden
     return Item("working set of one layer", size, "E")
+
+
+def _evaluation(settings: Settings, shape: LlamaShape, step_bytes: float) -> Item:
+    """What an evaluation needs above a training step. It keeps no activations: one layer's and the logits, which are
+    counted as in training, though there is no gradient."""
+    micro = settings.batch.validation_micro
+    needed = _logits(settings, shape, micro).bytes + _working_set(settings, shape, micro).bytes
+    return Item(f"evaluation with VAL_MBS={micro}, beyond a step", max(0.0, needed - step_bytes), "E")
 
 
 def _libraries(settings: Settings, shape: LlamaShape) -> list[Item]:
@@ -234,6 +250,8 @@ def _savings(settings: Settings, shape: LlamaShape) -> Iterator[tuple[str, Setti
     def changed(**performance: Any) -> Settings:
         return replace(settings, performance=replace(settings.performance, **performance))
 
+    if settings.batch.validation_micro > 1:
+        yield "VAL_MBS=1", replace(settings, batch=replace(settings.batch, validation_micro=1))
     if settings.precision.fp8 and not settings.precision.fp8_swiglu:
         yield "FP8_ACT=1", replace(settings, precision=replace(settings.precision, fp8_swiglu=True))
     if settings.parallel.pp == 1:

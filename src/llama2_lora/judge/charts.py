@@ -68,9 +68,10 @@ class Axes:
         grid = [self._x_mark(v) for v in ticks(*self.x)]
         grid += [self._y_mark(v, y_format(v)) for v in ticks(*self.y)] if y_format else []
         middle = (TOP + self.height - BOTTOM) / 2
-        names = (
-            f'<text class="mid" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{self.height - 6}">{self.labels[0]}</text>'
+        names = f'<text class="mid" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{self.height - 6}">{self.labels[0]}</text>' + (
             f'<text class="mid" transform="translate(13 {middle}) rotate(-90)">{self.labels[1]}</text>'
+            if self.labels[1]
+            else ""
         )
         size = f'viewBox="0 0 {WIDTH} {self.height}" role="img" aria-label="{escape(name)}"'
         return f'<svg class="chart" {size}>{"".join(grid)}{"".join(self.parts)}{names}</svg>'

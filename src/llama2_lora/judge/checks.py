@@ -5,16 +5,16 @@ Each check takes a run (or a result) and yields findings. Rule numbers: mlcommon
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from llama2_lora.config import rules, schedule
 from llama2_lora.findings import Finding
+from llama2_lora.judge import observed
 from llama2_lora.judge.official import compliance_messages, official_score
 from llama2_lora.judge.published import EnvelopeRow, envelope, label
-from llama2_lora.judge.results import NAMES, Result, Summary, group, read_runs, repeats
+from llama2_lora.judge.results import NAMES, PLACEHOLDER, Result, Summary, group, read_runs, repeats
 from llama2_lora.judge.run import USUAL_TRAIN_LOSS, Run
 from llama2_lora.judge.runlog import Event, number, samples_count
 from llama2_lora.judge.systems import round_of
@@ -33,7 +33,6 @@ FIXED = {  # key -> (value, section)
 DATA_EVENTS = ("block_start", "epoch_start", "eval_start", "eval_accuracy")
 DIVISION = "submission_division"
 DATA_SIZES = ("train_samples", "eval_samples")
-PLACEHOLDER = re.compile(r"placeholder|unknown|reference|unofficial|example|change.?me|\byour\b|\btodo\b|^\W*$", re.IGNORECASE)
 MOST_MFU = 1.5  # 8xGB300 reached 1.31 of its bf16 peak in FP4 and FP8 (v5.1): more is a mistake in a count or in the parts
 EARLY_ROUNDS = ("v4.0", "v4.1")  # their rules are in mlperf_logging, but not those that later rounds are judged by
 TOLERANCE = 1e-6
@@ -148,7 +147,8 @@ def _data_before_clock(run: Run) -> Iterator[Finding]:
 
 def _submission(run: Run) -> Iterator[Finding]:
     if run.rehearsal:
-        text = "CPU rehearsal with a small model and generated data: not a submission, no MFU, no score"
+        kind = str(run.values["submission_platform"]).partition(",")[0]  # CPU rehearsal, GPU rehearsal
+        text = f"{kind} with a small model and generated data: not a submission, no MFU, no score"
         yield Finding("note", "rehearsal", text)
         return
     for key in ("submission_platform", "submission_org"):
@@ -177,6 +177,15 @@ def _utilization(run: Run) -> Iterator[Finding]:
         yield Finding("warning", "impossible MFU", f"{text}; no published run passed {MOST_MFU:.0%}")
 
 
+def _observed(run: Run) -> Iterator[Finding]:
+    """What OBSERVE_* left beside the log."""
+    if times := observed.read(observed.folder_of(run.path.parent, run.seed)):
+        yield Finding("note", "step times", str(times))
+    if run.power and run.power.gpus_alone:
+        text = "power is that of the GPUs alone (nvidia-smi), not at the wall: no figure for a submission"
+        yield Finding("note", "power log", text)
+
+
 def _round(run: Run, ruleset: str) -> Iterator[Finding]:
     made_for = round_of(run)
     if made_for in EARLY_ROUNDS and not ruleset.startswith(made_for[1:]):
@@ -201,7 +210,7 @@ def _beyond(row: EnvelopeRow, loss: float) -> str:
 
 RUN_CHECKS = (
     *(_damage, _times, _convergence, _fixed_values, _evaluation_schedule, _data_before_clock),
-    *(_submission, _train_loss, _utilization, _published),
+    *(_submission, _train_loss, _utilization, _published, _observed),
 )
 
 

@@ -47,7 +47,7 @@ def by_score(results: list[Result]) -> list[Result]:
 
 # ---- The table of a whole round --------------------------------------------------------------------------------------
 
-_HEADINGS = ("system", "GPUs", "GBS", "score", "scaling", "RCP", "runs", "seq/s", "MFU", "findings")
+_HEADINGS = ("system", "submitter", "GPUs", "GBS", "score", "scaling", "RCP", "runs", "seq/s", "MFU", "findings")
 
 
 def _contents(results: list[Result], found: list[Group], peak_tflops: float | None) -> str:
@@ -72,6 +72,7 @@ def _contents_row(result: Result, peak_tflops: float | None) -> list[str]:
     rcp = {True: "passed", False: "FAILED", None: "-"}[score.rcp_passed]
     good = sum(run.complied and run.converged for run in result.runs)
     return [
+        str(result.config.get("submission_org", "-")),
         f"{system.accelerators} {system.accelerator}" if system.accelerators else "-",
         f"{result.gbs or '-'}" + (f" {result.precision}" if result.precision else ""),
         "-" if score.minutes is None else f"{score.minutes:.3f}",

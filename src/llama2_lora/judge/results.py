@@ -29,6 +29,7 @@ NAMES = ("submission_platform", "submission_org", "submission_status", "config_f
 CONFIG_KEYS = (*NAMES, *HYPERPARAMETERS)
 NOT_A_LOG = re.compile(r"_checker|compliance|allreduce|requirements.*\.txt|readme", re.IGNORECASE)
 DATESTAMP = re.compile(r"(\d{6}\w*)_\d+\.log")  # run.sub's <DATESTAMP>_<trial>.log
+PLACEHOLDER = re.compile(r"placeholder|unknown|reference|unofficial|example|change.?me|\byour\b|\btodo\b|^\W*$", re.IGNORECASE)
 MOST_NAMED = 5  # files in one finding
 
 
@@ -49,7 +50,8 @@ class Result:
     @property
     def title(self) -> str:
         """The system's name, else the folder's."""
-        return next((run.system.name for run in self.runs if run.system.name), "") or self.name
+        names = (run.system.name for run in self.runs)
+        return next((name for name in names if name and not PLACEHOLDER.search(name)), self.name)
 
     @property
     def gbs(self) -> int | None:
@@ -204,6 +206,8 @@ def _joined(results: list[Result], root: Path) -> list[Result]:
     needed = rules.RUNS_PER_RESULT
     parts = [r for r in results if len(r.runs) < needed and not _in_submission(r)]
     for first in parts:
+        if not first.runs:
+            continue  # joined to an earlier one
         same = [r for r in parts if r.runs and all(r.fits(run) for run in first.runs)]
         beside = [r for r in same if r.runs[0].path.parent.parent == first.runs[0].path.parent.parent]
         for together in (same, beside):

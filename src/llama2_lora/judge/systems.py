@@ -81,7 +81,8 @@ def job_environment(log: Path) -> dict[str, str]:
 
 def accelerator_in(text: str) -> str:
     """The longest name of a known part in a text; empty where there is none."""
-    return next((name for name in sorted(ACCELERATORS, key=len, reverse=True) if name in text.upper()), "")
+    text = text.upper().replace("H200 NVL", "H200-NVL")
+    return next((name for name in sorted(ACCELERATORS, key=len, reverse=True) if name in text), "")
 
 
 def round_of(run: Run) -> str | None:

@@ -24,13 +24,15 @@ from llama2_lora.judge.terminal import result_table, terminal
 
 SILENCE_MINUTES = 30.0  # the longest that a run may say nothing: its initialization (§11)
 # How a log ends whose job was killed: Slurm's own words, run.sub's, and the published scripts'
-KILLED = re.compile(rb"CANCELLED AT|DUE TO TIME LIMIT|DUE TO PREEMPTION|oom-kill|^run\.sub: trial .* finished|RUNANDTIME_STOP")
+KILLED = re.compile(
+    rb"CANCELLED AT|DUE TO TIME LIMIT|DUE TO PREEMPTION|oom-kill|^run\.sub: trial .* finished|RUNANDTIME_STOP", re.MULTILINE
+)
 SLURM_JOB = re.compile(r"_(\d+)_\d+\.log$")  # <DATESTAMP>_<trial>.log, DATESTAMP ends with the job's id
 
 
 def watch(look: Callable[[], Summary], seconds: float, peak_tflops: float | None, stream: TextIO) -> Summary:
     """Look again every `seconds` until as many runs as the job was to make have ended, or it is gone."""
-    summary, console = look(), terminal(stream)
+    summary, console, began = look(), terminal(stream), time.time()
     with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
             tables = [result_table(result, peak_tflops, console.width) for result in summary.results]
@@ -39,6 +41,8 @@ def watch(look: Callable[[], Summary], seconds: float, peak_tflops: float | None
             if newest is not None and (reason := _ended(newest, len(summary.runs) >= trials(summary))):
                 if newest.status in ("never started", "unfinished"):
                     summary.findings.append(Finding("warning", "job ended", f"no more is to come: {reason}", str(newest.path)))
+                return summary
+            if newest is None and time.time() - began > 60 * SILENCE_MINUTES:
                 return summary
             time.sleep(seconds)
             summary = look()
@@ -68,7 +72,7 @@ def _tail(path: Path, count: int = 4096) -> bytes:
     """The last lines that stand after the last log line."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - count))
-        return file.read().rpartition(b":::MLLOG ")[2].partition(b"\n")[2].replace(b"\n", b"\n")
+        return file.read().rpartition(b":::MLLOG ")[2].partition(b"\n")[2]
 
 
 def _slurm_knows(path: Path) -> bool | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llama2_lora.config.settings import Settings, SettingsError, check_paths
+from llama2_lora.config.settings import Settings, SettingsError
+from llama2_lora.config.shapes import shape_conflicts
 from llama2_lora.data import inspection, packed
 from llama2_lora.findings import Finding
 from llama2_lora.gpus import Accelerator, accelerator_of
-from llama2_lora.llama2 import LLAMA2_70B
+from llama2_lora.llama2 import LLAMA2_70B, LlamaShape
 from llama2_lora.node import probe
 from llama2_lora.weights import checkpoint
 
@@ -24,12 +26,34 @@ def inspect(settings: Settings) -> list[Finding]:
     return [finding for check in checks for finding in check(settings)]
 
 
+def check_paths(settings: Settings) -> None:
+    """Raise SettingsError where a run's files are missing or its results cannot be written. Opens nothing."""
+    if problems := list(_path_problems(settings)):
+        raise SettingsError(problems)
+
+
+def _path_problems(settings: Settings) -> Iterator[str]:
+    run = settings.run
+    for name in ("train.npy", "validation.npy"):
+        if not (path := Path(run.data_path, name)).is_file():
+            yield f"DATA_PATH={run.data_path}: {path} does not exist; run scripts/download_dataset.py"
+    if not Path(run.checkpoint_path).is_dir():
+        yield f"CKPT_PATH={run.checkpoint_path}: is not a folder; run scripts/convert_model.py or download_model.py"
+    if not os.access(run.results_path, os.W_OK | os.X_OK):
+        yield f"RESULTS_PATH={run.results_path}: is not a folder that this user can write to"
+
+
+def check_shape(settings: Settings, shape: LlamaShape) -> None:
+    """Raise SettingsError where the settings do not suit the checkpoint's model."""
+    if problems := list(shape_conflicts(settings, shape)):
+        raise SettingsError(problems)
+
+
 def _paths(settings: Settings) -> Iterator[Finding]:
-    try:
-        check_paths(settings)
+    problems = list(_path_problems(settings))
+    yield from (Finding("error", "paths", problem) for problem in problems)
+    if not problems:
         yield Finding("ok", "paths", "data, checkpoint and results folders are there")
-    except SettingsError as error:
-        yield from (Finding("error", "paths", line) for line in str(error).splitlines())
 
 
 def check_data(settings: Settings, vocab_size: int) -> None:
@@ -56,12 +80,13 @@ def _checkpoint(settings: Settings) -> Iterator[Finding]:
     folder = Path(settings.run.checkpoint_path)
     try:
         shape = checkpoint.read_shape(folder)
-        if shape != LLAMA2_70B and settings.system.platform != "cpu":
+        if shape != LLAMA2_70B and not settings.rehearsal:
             raise ValueError(f"{folder}: {shape.parameters() / 1e9:.3g}e9 parameters; Llama-2-70B is expected")
         checkpoint.check_checkpoint(folder, shape, settings.weights_dtype)
     except (ValueError, OSError) as error:
         yield Finding("error", "checkpoint", str(error))
         return
+    yield from (Finding("error", "checkpoint", problem) for problem in shape_conflicts(settings, shape))
     yield Finding("ok", "checkpoint", f"{shape.parameters() / 1e9:.3g}e9 parameters in {settings.weights_dtype}")
 
 
@@ -73,7 +98,7 @@ def _gpus(settings: Settings) -> Iterator[Finding]:
     wanted, devices = settings.system.gpus_per_node, seen["gpus"]
     names = sorted({device["name"] for device in devices})
     yield Finding("ok" if len(devices) == wanted else "error", "gpus", f"{len(devices)} of {wanted}: {', '.join(names)}")
-    if part := accelerator_of(settings.system):
+    if part := accelerator_of(settings.system.accelerator, settings.system.name):
         yield from _memories(devices, part)
 
 

@@ -7,8 +7,9 @@ saved in the same Hugging Face format, so that convert_model.py and training tre
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -44,6 +45,13 @@ def new_model(vocab_size: int, sequence_length: int, seed: int) -> LlamaForCausa
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, max_position_embeddings=sequence_length, **SHAPE))
 
 
+def bar_options(terminal: bool) -> dict[str, Any]:
+    """A bar for the eye, a line a minute for a batch job's log."""
+    if terminal:
+        return dict(mininterval=2)
+    return dict(mininterval=60, maxinterval=60, bar_format="{desc}: step {n_fmt} of {total_fmt}, {elapsed}{postfix}\n")
+
+
 def pretrain(model: LlamaForCausalLM, tokens: np.ndarray, steps: int, seed: int) -> None:
     """AdamW with a cosine to 0, on random windows of `tokens`."""
     import torch
@@ -53,7 +61,7 @@ def pretrain(model: LlamaForCausalLM, tokens: np.ndarray, steps: int, seed: int)
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    bar = tqdm(range(steps), desc="pre-train", unit="step", mininterval=2, ncols=100)
+    bar = tqdm(range(steps), desc="pre-train", unit="step", ncols=100, **bar_options(sys.stderr.isatty()))
     for _ in bar:
         starts = rng.integers(0, len(tokens) - length + 1, ROWS)
         ids_BS = torch.from_numpy(np.stack([tokens[start : start + length] for start in starts]).astype(np.int64))

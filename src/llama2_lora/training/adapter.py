@@ -10,17 +10,20 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from nemo.collections.llm.peft import LoRA
 
+from llama2_lora.training.dropout import AdapterDropout
+from llama2_lora.training.low_rank import AdaptedLinear, LowRankAdapter
+
 TARGETS = ("linear_qkv", "linear_proj")
 
 
 class SeededLoRA(LoRA):
-    """LoRA whose A does not depend on the layout.
+    """NeMo's LoRA with adapters that move little (low_rank.py), and an A that does not depend on the layout.
 
     Megatron's generators give another A under TP=2 or PP=2 than on one rank. Here each layer draws its full matrix from
-    (seed, layer, target) and keeps its shard: Kaiming uniform as in the paper's code, B stays zero.
+    (seed, layer, target) and keeps its shard: Kaiming uniform as in the paper's code, B stays zero. keep_masks: see dropout.py.
     """
 
-    def __init__(self, seed: int, rank: int, alpha: int, dropout: float) -> None:
+    def __init__(self, seed: int, rank: int, alpha: int, dropout: float, keep_masks: bool = False) -> None:
         super().__init__(
             target_modules=list(TARGETS),
             dim=rank,
@@ -29,24 +32,47 @@ class SeededLoRA(LoRA):
             dropout_position="pre",
             lora_A_init_method="kaiming",
         )
-        self.seed = seed
+        self.seed, self.keep_masks = seed, keep_masks
+
+    def transform(self, m: torch.nn.Module, name: str | None = None, prefix: str | None = None) -> torch.nn.Module:
+        """The module itself, or with an adapter where it is a target."""
+        if self.match(m, name, prefix) is None:
+            return m
+        row_parallel = name == "linear_proj"
+        if hasattr(m, "layer_norm_weight") and (m.normalization != "RMSNorm" or m.zero_centered_gamma):
+            raise ValueError(f"{prefix}.{name}: its norm must be a plain RMSNorm, the adapter applies no other")
+        dropout = AdapterDropout(
+            self.dropout,
+            self.seed,
+            tokens_sharded=m.config.sequence_parallel and not row_parallel,
+            features_sharded=row_parallel,
+            keep_masks=self.keep_masks,
+        )
+        return AdaptedLinear(m, LowRankAdapter(m.weight, row_parallel, self.dim, self.alpha, dropout, m.config))
 
     def __call__(self, model: torch.nn.Module) -> torch.nn.Module:
         model = super().__call__(model)
+        for name, adapter in adapters(model):
+            adapter.dropout.name = name
         for name, weight in adapter_weights(model):
             if name.endswith("linear_in.weight") and not weight.is_meta:
                 weight.data.copy_(_shard(initial_a(self.seed, name, _full_shape(weight)), weight))
         return model
 
 
-def adapter_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(name with the global layer index, this rank's shard) of every adapter matrix on this pipeline stage."""
+def adapters(model: torch.nn.Module) -> Iterator[tuple[str, LowRankAdapter]]:
+    """(name with the global layer index, adapter) of every adapter on this pipeline stage."""
     for layer in (m for m in model.modules() if isinstance(m, TransformerLayer)):
         for target in TARGETS:
-            adapter = getattr(layer.self_attention, target).adapter
-            prefix = f"decoder.layers.{layer.layer_number - 1}.self_attention.{target}.adapter"
-            yield f"{prefix}.linear_in.weight", adapter.linear_in.weight  # A: [r, in]
-            yield f"{prefix}.linear_out.weight", adapter.linear_out.weight  # B: [out, r]
+            name = f"decoder.layers.{layer.layer_number - 1}.self_attention.{target}.adapter"
+            yield name, getattr(layer.self_attention, target).adapter
+
+
+def adapter_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name with the global layer index, this rank's shard) of every adapter matrix on this pipeline stage."""
+    for name, adapter in adapters(model):
+        yield f"{name}.linear_in.weight", adapter.linear_in.weight  # A: [r, in]
+        yield f"{name}.linear_out.weight", adapter.linear_out.weight  # B: [out, r]
 
 
 def gather_adapter(model: torch.nn.Module) -> dict[str, torch.Tensor]:

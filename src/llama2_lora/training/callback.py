@@ -1,4 +1,4 @@
-"""Lightning's hooks -> the MLPerf log, and the stop at the target. It observes; the recipe decides.
+"""Lightning's hooks -> the MLPerf log. It observes and reports, and refuses numbers that show a broken run.
 
 Order of one run: describe, init_stop, run_start, then block (training) and eval by turns, then run_stop.
 """
@@ -21,8 +21,8 @@ from mlperf_logging.mllog import constants
 
 from llama2_lora.config.settings import Settings
 from llama2_lora.mlperf_log import MLPerfLog, submission_values
-from llama2_lora.training.adapter import SeededLoRA
-from llama2_lora.training.warmup import warm_up
+from llama2_lora.training.adapter import SeededLoRA, adapter_weights
+from llama2_lora.training.warmup import WarmUp
 
 
 class NonFiniteLoss(RuntimeError):
@@ -30,10 +30,11 @@ class NonFiniteLoss(RuntimeError):
 
 
 class MLPerfCallback(pl.Callback):
-    """One run's log. Add it after the LoRA callback, which builds adapters and optimizer in the same hook."""
+    """One run's log. Add it after LoRA's callback, which builds adapters and optimizer, and after the warm-up's."""
 
-    def __init__(self, settings: Settings, log: MLPerfLog, seed: int) -> None:
+    def __init__(self, settings: Settings, log: MLPerfLog, seed: int, warm_up: WarmUp) -> None:
         self.settings, self.mlperf_log, self.seed = settings, log, seed  # Lightning sets a callback's `log`
+        self.warm_up = warm_up
         self.reached_target = False
         self.block_start_samples = 0
         self.block_start_time = self.eval_start_time = 0.0
@@ -45,9 +46,7 @@ class MLPerfCallback(pl.Callback):
         self.mlperf_log.describe(submission_values(self.settings))
         self.mlperf_log.describe(built_values(trainer, pl_module, self.settings))
         self.mlperf_log.describe({constants.SEED: self.seed})
-        started = time.monotonic()
-        warm_up(trainer, self.settings)
-        self.mlperf_log.tracked({"warmup_time": time.monotonic() - started}, 0)
+        self.mlperf_log.tracked({"warmup_time": self.warm_up.seconds}, 0)
         torch.distributed.barrier()
         self.mlperf_log.init_stop()
         self.mlperf_log.run_start()
@@ -60,6 +59,8 @@ class MLPerfCallback(pl.Callback):
         # The gradient norm has just been read from the GPU: this read waits for nothing more.
         loss = float(trainer.callback_metrics["reduced_train_loss"])
         self._refuse_non_finite("train loss", loss, step)
+        if step == 1:
+            refuse_untrained(trainer.strategy.megatron_parallel)
         if step % self.settings.performance.log_every_steps == 0:
             self.mlperf_log.train_loss(loss, trainer.optimizers[0].param_groups[0]["lr"], self._samples(trainer))
 
@@ -76,10 +77,8 @@ class MLPerfCallback(pl.Callback):
         self.mlperf_log.eval_accuracy(loss, samples)
         self.mlperf_log.tracked({"validation_time": time.monotonic() - self.eval_start_time}, samples)
         self.mlperf_log.eval_stop(samples)
-        self.reached_target = loss <= self.settings.evaluation.target_loss
-        if self.reached_target:
-            trainer.should_stop = True
-        elif trainer.global_step < self.settings.optimization.max_steps:
+        self.reached_target = self.settings.evaluation.reached(loss)
+        if not self.reached_target and trainer.global_step < self.settings.optimization.max_steps:
             self._start_block(samples)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -107,7 +106,28 @@ class MLPerfCallback(pl.Callback):
 
     def _refuse_non_finite(self, what: str, value: float, step: int) -> None:
         if not math.isfinite(value):
-            raise NonFiniteLoss(f"{what} is {value} at step {step} on rank {self.settings.system.rank}: the run ends")
+            # Megatron 0.15.3 casts SwiGLU's input to e4m3 (fused_bias_swiglu.py): torch 2.9 without saturation, 2.13 with
+            hint = (
+                "; before torch 2.13 FP8_ACT=1 makes NaN of any SwiGLU input above 464: try FP8_ACT=0"
+                if self.settings.precision.fp8_swiglu
+                else ""
+            )
+            raise NonFiniteLoss(f"{what} is {value} at step {step} on rank {self.settings.system.rank}: the run ends{hint}")
+
+
+class NoGradient(RuntimeError):
+    """An adapter that the backward pass does not reach: the run would evaluate the base model until MAX_STEPS."""
+
+
+def refuse_untrained(model: torch.nn.Module) -> None:
+    """Raise NoGradient after the first step where some B got none. A has none yet: B starts at zero."""
+    weights = [(name, weight) for name, weight in adapter_weights(model) if name.endswith("linear_out.weight")]
+    if not weights:
+        return
+    largest = torch.stack([weight.main_grad.abs().amax() for _, weight in weights]).tolist()
+    unreached = [name for (name, _), gradient in zip(weights, largest, strict=True) if gradient == 0]
+    if unreached:
+        raise NoGradient(f"{len(unreached)} of {len(weights)} adapters get no gradient, the first of them {unreached[0]}")
 
 
 def built_values(trainer: pl.Trainer, model: pl.LightningModule, settings: Settings) -> dict[str, Any]:
@@ -145,6 +165,12 @@ def precisions(config: Any) -> dict[str, str]:
     return {
         constants.LOWEST_NUMERICAL_PRECISION_IN_LINEAR: linear,
         constants.LOWEST_NUMERICAL_PRECISION_IN_ATTN: "fp8" if config.fp8_dot_product_attention else base,
-        # Userbuffers gather FP8 activations; every other collective carries the base precision.
-        constants.LOWEST_NUMERICAL_PRECISION_IN_COMM: "fp8" if config.fp8 and config.tp_comm_overlap else base,
+        constants.LOWEST_NUMERICAL_PRECISION_IN_COMM: _communication_precision(config, linear, base),
     }
+
+
+def _communication_precision(config: Any, linear: str, base: str) -> str:
+    """Transformer Engine quantizes before it gathers: a linear layer's input over TP, keys and values over CP."""
+    if config.sequence_parallel and linear != base:
+        return linear
+    return "fp8" if config.fp8_dot_product_attention and config.context_parallel_size > 1 else base

@@ -16,6 +16,8 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from nemo.collections.llm.gpt.model.llama import LlamaConfig, LlamaModel
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 
+from llama2_lora.training.dropout import begin_micro_batch
+
 # A power of two, so exact: e4m3 holds |w| from 2.4e-4 with all its digits, and up to 7. Llama-2's are about 0.01.
 FP8_WEIGHT_SCALE = 64.0
 
@@ -33,6 +35,8 @@ def forward_step(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torc
 
     Positions are implied by rotary embeddings and the mask by causal attention: both are None.
     """
+    if model.training:
+        begin_micro_batch()
     return model(input_ids=batch["tokens"], position_ids=None, attention_mask=None, labels=batch["labels"])
 
 
@@ -63,6 +67,7 @@ def prepare_fp8_weights(model: torch.nn.Module) -> None:
     Transformer Engine 2.9, megatron-core 0.15.3.
     """
     for weight in model.parameters():
+        # PRIVATE: transformer_engine 2.9 transformer_engine.pytorch.tensor.float8_tensor.Float8Tensor._quantizer
         if (quantizer := getattr(weight, "_quantizer", None)) is not None and torch.is_tensor(
             getattr(quantizer, "scale", None)
         ):
@@ -96,9 +101,8 @@ class LoraLlama(LlamaModel):
         self.train_loss, self.validation_loss = RowMeanLoss(train_rows), RowMeanLoss(validation_rows)
 
     def configure_model(self, vp_stage: int | None = None) -> None:
-        # Transformer Engine 2.9 quantizes FP8 weights with a transposed copy where gradients are on (base.py,
-        # reset_parameters), and Megatron then keeps the bf16 start of each on the host: at 70B 17 GB a GPU and 274 GB a node,
-        # for nothing.
+        # Where gradients are on, Transformer Engine 2.9 quantizes FP8 weights with a transposed copy (base.py,
+        # reset_parameters) and keeps the bf16 start of each on the host: at 70B 17 GB a GPU and 274 GB a node, for nothing.
         with torch.no_grad():
             super().configure_model(vp_stage)
         prepare_fp8_weights(self.module)

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loops import _TrainingEpochLoop
+from lightning.pytorch.loops import _TrainingEpochLoop  # PRIVATE: lightning 2.4 lightning.pytorch.loops._TrainingEpochLoop
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
@@ -23,12 +23,14 @@ from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommO
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
+from transformer_engine.pytorch.module import destroy_ub
 
 from llama2_lora.config import rules
 from llama2_lora.config.settings import Settings
 from llama2_lora.llama2 import LLAMA2_70B, LlamaShape
 from llama2_lora.training.adapter import SeededLoRA
 from llama2_lora.training.model import LoraLlama, data_step, forward_step
+from llama2_lora.training.restore import restore
 
 
 def build_config(settings: Settings, shape: LlamaShape) -> LlamaConfig:
@@ -53,6 +55,9 @@ def build_config(settings: Settings, shape: LlamaShape) -> LlamaConfig:
     # Megatron refuses NVTE_FLASH_ATTN and friends from the environment: this field sets them.
     options["attention_backend"] = AttnBackend.fused
     options["activation_func_fp8_input_store"] = settings.precision.fp8_swiglu
+    # Delayed scaling shares the largest values of a micro-batch among the ranks that hold parts of it (TP and CP). Other
+    # replicas' are not needed: no FP8 tensor crosses data-parallel ranks, and the reduction stays within a node.
+    options["tp_only_amax_red"] = True
     # Bulk overlap rides on the weight gradient's GEMM. The frozen base has none, and Transformer Engine 2.9 then leaves
     # the input's gradient unsummed over the TP ranks (layernorm_linear.py): wrong, without an error.
     options |= {"tp_comm_bulk_wgrad": False, "tp_comm_bulk_dgrad": False}
@@ -123,7 +128,7 @@ def build_precision(settings: Settings) -> MegatronMixedPrecision:
 
 
 class SeededStrategy(MegatronStrategy):
-    """MegatronStrategy whose generators start from the run's seed.
+    """MegatronStrategy whose generators start from the run's seed, that restores by layer and leaves the model in place.
 
     NeMo 2.7.3 starts them from 1234 in every run (megatron_init.py): all runs would draw the same dropout masks. Ranks of
     one tensor-parallel group share theirs, since they may hold the same activations; all others differ.
@@ -137,6 +142,23 @@ class SeededStrategy(MegatronStrategy):
         super().setup_distributed()
         rank = torch.distributed.get_rank() // self.tensor_model_parallel_size
         model_parallel_cuda_manual_seed(self.seed + rank, force_reset_rng=True)
+
+    def selective_restore(self) -> None:
+        restore(self)
+
+    def teardown(self) -> None:
+        """Give back what outlives the model, and leave the model where it is.
+
+        Lightning's teardown moves it to the CPU, for which Transformer Engine dequantizes FP8 weights and quantizes them
+        again: 34 GB a GPU between run_stop and the end of the process. Userbuffers live in a global of Transformer Engine.
+        """
+        destroy_ub()
+        # PRIVATE: lightning 2.4 lightning.pytorch.strategies.Strategy._lightning_module
+        model, self._lightning_module = self._lightning_module, None
+        try:
+            super().teardown()
+        finally:
+            self._lightning_module = model
 
 
 def build_strategy(settings: Settings, seed: int, store: torch.distributed.Store | None = None) -> SeededStrategy:
@@ -171,21 +193,31 @@ def build_overlap(settings: Settings) -> MegatronCommOverlapCallback:
     return MegatronCommOverlapCallback(
         tp_comm_overlap=True,
         tp_comm_overlap_cfg=buffers,
-        tp_comm_bootstrap_backend="nccl",  # no MPI, so that srun --mpi=none serves
+        # NCCL and not MPI, so that srun --mpi=none serves
+        tp_comm_bootstrap_backend="gloo" if settings.system.platform == "cpu" else "nccl",
         overlap_grad_reduce=False,  # the adapter's gradients are 90 MB a step: there is nothing to hide
         overlap_param_gather=False,
     )
 
 
 class EvaluateAtSteps(_TrainingEpochLoop):
-    """Lightning's loop with the rules' evaluation steps: its own val_check_interval cannot skip the first ones."""
+    """Lightning's loop with the rules' evaluation steps, which ends at the target.
 
-    def __init__(self, trainer: pl.Trainer, max_steps: int, eval_steps: range) -> None:
-        super().__init__(trainer, max_steps=max_steps)
-        self.eval_steps = eval_steps
+    Its own val_check_interval cannot skip the first evaluations.
+    """
 
+    def __init__(self, trainer: pl.Trainer, settings: Settings) -> None:
+        super().__init__(trainer, max_steps=settings.optimization.max_steps)
+        self.eval_steps, self.evaluation = settings.eval_steps, settings.evaluation
+
+    # PRIVATE: lightning 2.4 lightning.pytorch.loops._TrainingEpochLoop._should_check_val_fx
     def _should_check_val_fx(self, data_fetcher: object) -> bool:
         return self.global_step in self.eval_steps
+
+    def on_advance_end(self, data_fetcher: Any) -> None:
+        super().on_advance_end(data_fetcher)
+        if self.global_step in self.eval_steps and self.evaluation.reached(float(self.trainer.callback_metrics["val_loss"])):
+            self.trainer.should_stop = True
 
 
 def build_trainer(settings: Settings, strategy: MegatronStrategy, callbacks: list[pl.Callback]) -> pl.Trainer:
@@ -202,11 +234,14 @@ def build_trainer(settings: Settings, strategy: MegatronStrategy, callbacks: lis
         max_steps=settings.optimization.max_steps,
         callbacks=callbacks,
         num_sanity_val_steps=0,
+        # The mode of the warm-up. Lightning's default is inference_mode, but for gloo: what is compiled for no_grad would be
+        # compiled again at the first evaluation, on GPUs and on the clock.
+        inference_mode=False,
         use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit_loop.epoch_loop = EvaluateAtSteps(trainer, settings.optimization.max_steps, settings.eval_steps)
+    trainer.fit_loop.epoch_loop = EvaluateAtSteps(trainer, settings)
     return trainer

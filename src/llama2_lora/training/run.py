@@ -1,10 +1,12 @@
-"""What surrounds a fit: one seed for all ranks, a quiet garbage collector, and the adapter written afterwards."""
+"""What surrounds a fit: one seed for all ranks, a watch over them, quiet libraries, the adapter written afterwards."""
 
 from __future__ import annotations
 
 import gc
 import logging
+import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,7 +18,9 @@ from nemo.utils import logging as nemo_logging
 
 from llama2_lora.config.settings import INT32, Settings
 from llama2_lora.llama2 import LlamaShape
+from llama2_lora.mlperf_log import MLPerfLog
 from llama2_lora.training.adapter import gather_adapter
+from llama2_lora.training.watch import Watch
 from llama2_lora.weights.checkpoint import write_adapter
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
@@ -25,8 +29,15 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 def quiet_libraries() -> None:
     """Let NeMo, Lightning and Megatron log errors only: what a run has to say is in its MLPerf log."""
     nemo_logging.setLevel(logging.ERROR)
-    for name in ("lightning.pytorch", "lightning.fabric", "megatron.core", "torch.distributed"):
+    # lightning_fabric: another package, whose logger Lightning takes for its own messages once both are imported (2.4)
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning_fabric", "megatron.core", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def unset_attention_choices() -> None:
+    """Forget NVTE_FLASH_ATTN and friends, which images set: Megatron refuses any that differs from the recipe's backend."""
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(name, None)  # noqa: TID251  taken away, not read
 
 
 def rendezvous(settings: Settings) -> torch.distributed.Store:
@@ -47,6 +58,18 @@ def shared_seed(settings: Settings, store: torch.distributed.Store) -> int:
     if settings.system.rank == 0:
         store.set("seed", str(secrets.randbelow(INT32) if settings.run.seed is None else settings.run.seed))
     return int(store.get("seed"))
+
+
+def watch(settings: Settings, store: torch.distributed.Store, log: MLPerfLog) -> Watch:
+    """A watch that ends this process, and so the run, with the reason on stderr and an aborted log."""
+    system = settings.system
+
+    def end(problem: str) -> None:
+        print(f"error: {problem}; the run ends", file=sys.stderr, flush=True)
+        log.abort()
+        os._exit(1)  # the main thread waits in a collective, which nothing interrupts
+
+    return Watch(system.rank, system.world_size or 1, store.clone(), end)  # the store itself is locked while it waits
 
 
 @contextmanager

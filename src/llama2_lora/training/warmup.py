@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,21 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from llama2_lora.config.settings import Settings
 from llama2_lora.training.data import Sampler, synthetic_batches
+
+
+class WarmUp(pl.Callback):
+    """The warm-up before the first step; `seconds` is what it took. Add it after LoRA's callback, before the log's."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.seconds = settings, 0.0
+
+    def __deepcopy__(self, memo: dict) -> WarmUp:
+        return self  # NeMo records its callbacks' arguments by copying them
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        started = time.monotonic()
+        warm_up(trainer, self.settings)
+        self.seconds = time.monotonic() - started
 
 
 def warm_up(trainer: pl.Trainer, settings: Settings) -> None:

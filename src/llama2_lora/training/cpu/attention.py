@@ -1,4 +1,4 @@
-"""Fused attention and rotary embeddings of Transformer Engine's extension (csrc/extensions/attention.cpp, apply_rope.cpp).
+"""Fused attention of Transformer Engine's extension (transformer_engine/pytorch/csrc/extensions/attention.cpp).
 
 Shapes: S tokens of a sequence, B sequences, N query heads, G key/value heads, D head size. Tensors come as [S, B, N, D]
 ("sbhd") or [B, S, N, D] ("bshd"), as their layout says.
@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama2_lora.training.cpu import attention_fp8
 from llama2_lora.training.cpu.dtypes import (
+    DType,
     NVTE_Bias_Type,
     NVTE_Fused_Attn_Backend,
     NVTE_Mask_Type,
-    NVTE_QKV_Format,
     NVTE_QKV_Layout,
     NVTE_Softmax_Type,
 )
-from llama2_lora.training.cpu.quantize import is_quantized
+from llama2_lora.training.cpu.quantize import is_quantized, quantize
 
 _aten = torch.ops.aten
 _CAUSAL = (NVTE_Mask_Type.NVTE_CAUSAL_MASK, NVTE_Mask_Type.NVTE_CAUSAL_BOTTOM_RIGHT_MASK)
@@ -29,8 +30,6 @@ _RNG_STATE = (0, 0)
 
 def get_fused_attn_backend(is_training: bool, q_dtype: Any, kv_dtype: Any, *_: Any) -> NVTE_Fused_Attn_Backend:
     """`get_fused_attn_backend`: which of cuDNN's kernels serves; here one for any length, and one for FP8."""
-    from llama2_lora.training.cpu.dtypes import DType
-
     is_fp8 = q_dtype in (DType.kFloat8E4M3, DType.kFloat8E5M2)
     return NVTE_Fused_Attn_Backend.NVTE_FP8 if is_fp8 else NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
 
@@ -67,11 +66,17 @@ def fused_attn_fwd(
 ) -> list[Any]:
     """`fused_attn_fwd`: attended values in the queries' shape, the log of the softmax's sum [B, N, S, 1], a random state."""
     causal = _checked(p_dropout, bias_type, attn_mask_type, softmax_type, window_size, max_seqlen_q, max_seqlen_kv)
-    if is_quantized(Q) or return_max_logit or page_table_k is not None:
-        raise NotImplementedError("transformer_engine_torch.fused_attn_fwd: no CPU kernel for FP8, logits or paged keys")
+    if return_max_logit or page_table_k is not None:
+        raise NotImplementedError("transformer_engine_torch.fused_attn_fwd: no CPU kernel with logits or paged keys")
     sequence_first = _sequence_first(qkv_layout)
-    q, k, v = (_heads_first(t, sequence_first) for t in (Q, K, V))
+    q, k, v = (_heads_first(_plain(t), sequence_first) for t in (Q, K, V))
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    if is_quantized(Q):
+        out, log_sum_exp = attention_fp8.forward(q, k, v, attn_scale, causal, s_quantizer)
+        out = quantize(_sequence_back(out, sequence_first).to(fake_dtype), o_quantizer)
+        # cuDNN's [M, ZInv]: Transformer Engine takes the first for the log of the sum (context_parallel.py).
+        return [out, log_sum_exp[..., None], torch.ones_like(log_sum_exp)[..., None], torch.tensor(_RNG_STATE)]
+    # PRIVATE: torch 2.13 torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, log_sum_exp = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=attn_scale)
     return [_sequence_back(out, sequence_first), log_sum_exp.float()[..., None], torch.tensor(_RNG_STATE)]
 
@@ -109,18 +114,24 @@ def fused_attn_bwd(
     Under context parallelism the output and the log of the sum are those of the whole softmax, the keys a rank's share.
     """
     causal = _checked(p_dropout, bias_type, attn_mask_type, softmax_type, window_size, max_seqlen_q, max_seqlen_kv)
-    if is_quantized(Q):
-        raise NotImplementedError("transformer_engine_torch.fused_attn_bwd: no CPU kernel for FP8")
     sequence_first = _sequence_first(qkv_layout)
-    q, k, v, out, d_out = (_heads_first(t, sequence_first) for t in (Q, K, V, O, dO))
+    q, k, v, out, d_out = (_heads_first(_plain(t), sequence_first) for t in (Q, K, V, O, dO))
     groups, repeats = k.shape[1], q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(repeats, 1) for t in (k, v))
     log_sum_exp = Aux_CTX_Tensors[0].squeeze(-1)
-    dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        d_out, q, k, v, out, log_sum_exp, 0.0, causal, scale=attn_scale
-    )
+    if is_quantized(Q):
+        gradients = attention_fp8.backward(d_out, q, k, v, out, log_sum_exp, attn_scale, causal, s_quantizer, dp_quantizer)
+    else:
+        # PRIVATE: torch 2.13 torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            d_out, q, k, v, out, log_sum_exp, 0.0, causal, scale=attn_scale
+        )
+    dq, dk, dv = gradients
     dk, dv = (t.unflatten(1, (groups, repeats)).sum(2) for t in (dk, dv))
-    return [*(_sequence_back(t, sequence_first) for t in (dq, dk, dv)), None, None]
+    found = [_sequence_back(t, sequence_first).to(fake_dtype) for t in (dq, dk, dv)]
+    if dqkv_quantizer is not None:
+        found = [quantize(t, dqkv_quantizer) for t in found]
+    return [*found, None, None]
 
 
 def _checked(
@@ -151,6 +162,10 @@ def _sequence_first(layout: NVTE_QKV_Layout) -> bool:
     raise NotImplementedError(f"transformer_engine_torch.fused_attn: no CPU kernel for the layout {layout.name}")
 
 
+def _plain(tensor: Any) -> Tensor:
+    return tensor.dequantize(dtype=torch.float32) if is_quantized(tensor) else tensor
+
+
 def _heads_first(tensor: Tensor, sequence_first: bool) -> Tensor:
     """[S, B, N, D] or [B, S, N, D] -> [B, N, S, D]."""
     return tensor.permute(1, 2, 0, 3) if sequence_first else tensor.permute(0, 2, 1, 3)
@@ -159,54 +174,3 @@ def _heads_first(tensor: Tensor, sequence_first: bool) -> Tensor:
 def _sequence_back(tensor: Tensor, sequence_first: bool) -> Tensor:
     """[B, N, S, D] -> [S, B, N, D] or [B, S, N, D], contiguous as the kernels' outputs are."""
     return (tensor.permute(2, 0, 1, 3) if sequence_first else tensor.permute(0, 2, 1, 3)).contiguous()
-
-
-# Rotary embeddings ------------------------------------------------------------------------------------------------
-
-
-def fused_rope_forward(
-    input: Tensor,
-    freqs: Tensor,
-    start_positions: Tensor | None,
-    qkv_format: NVTE_QKV_Format,
-    interleaved: bool,
-    cu_seqlens: Tensor | None,
-    cp_size: int,
-    cp_rank: int,
-) -> Tensor:
-    """`fused_rope_forward`: rotate the halves of every head of [S, B, N, D] by the angles [S or more, 1, 1, D or less]."""
-    if start_positions is not None:
-        raise NotImplementedError("transformer_engine_torch.fused_rope_forward: no CPU kernel with start positions")
-    cos, sin = _angles(freqs, input, qkv_format, interleaved, cp_size)
-    return _rotated(input, cos, sin)
-
-
-def fused_rope_backward(
-    output_grads: Tensor,
-    freqs: Tensor,
-    qkv_format: NVTE_QKV_Format,
-    interleaved: bool,
-    cu_seqlens: Tensor | None,
-    cp_size: int,
-    cp_rank: int,
-) -> Tensor:
-    """`fused_rope_backward`: the gradient of the input, which is a rotation the other way."""
-    cos, sin = _angles(freqs, output_grads, qkv_format, interleaved, cp_size)
-    return _rotated(output_grads, cos, -sin)
-
-
-def _angles(freqs: Tensor, like: Tensor, qkv_format: NVTE_QKV_Format, interleaved: bool, cp_size: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, [S, 1, 1, D or less]."""
-    if interleaved or qkv_format != NVTE_QKV_Format.NVTE_SBHD or cp_size != 1:
-        asked = f"interleaved={interleaved}, {qkv_format.name}, cp_size={cp_size}"
-        raise NotImplementedError(f"transformer_engine_torch.fused_rope: no CPU kernel for {asked}")
-    freqs = freqs[: like.shape[0]]
-    return freqs.cos(), freqs.sin()
-
-
-def _rotated(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x * cos + (-x2, x1) * sin over the first `cos.shape[-1]` of the last dimension; the rest stays."""
-    turned, rest = tensor[..., : cos.shape[-1]].float(), tensor[..., cos.shape[-1] :]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned.to(tensor.dtype), rest), dim=-1)

@@ -19,7 +19,14 @@ import torch
 import torch._dynamo
 from torch.overrides import TorchFunctionMode
 
+from llama2_lora.config.settings import Precision
+
 HOPPER, BLACKWELL = (9, 0), (10, 0)  # compute capabilities: what Transformer Engine chooses kernels by
+
+
+def capability_for(precision: Precision) -> tuple[int, int]:
+    """The first part that computes in this precision."""
+    return BLACKWELL if precision.fp4 or (precision.fp8 and precision.fp8_recipe == "mxfp8") else HOPPER
 
 
 class Stream:
@@ -78,6 +85,8 @@ def stand_ins(capability: tuple[int, int]) -> Iterator[tuple[Any, str, Any]]:
     yield cuda, "is_available", lambda: True
     # "Initialized" makes torch's own RNG functions act at once, and NeMo's _fix_tensors_device (io/pl.py) load a
     # checkpoint; without it: "Torch not compiled with CUDA enabled" and an AssertionError.
+    # PRIVATE: torch 2.13 torch.cuda._initialized
+    # PRIVATE: torch 2.13 torch.cuda._lazy_init
     yield cuda, "_initialized", True
     yield cuda, "_lazy_init", lambda: None
     # torch.cuda.manual_seed, get_rng_state and megatron.core.tensor_parallel.random index this tuple: IndexError.
@@ -106,12 +115,22 @@ def stand_ins(capability: tuple[int, int]) -> Iterator[tuple[Any, str, Any]]:
     yield cuda, "is_current_stream_capturing", lambda: False
     yield torch.version, "cuda", "13.0"  # Transformer Engine asks for it before it scales FP8 in blocks
     # The libraries' small fusions are for torch.compile, whose inductor asks for the properties of a real device.
+    # PRIVATE: torch 2.13 torch._dynamo.config.disable
     yield torch._dynamo.config, "disable", True
+    yield torch.autograd, "_engine_run_backward", _run_backward
     for name in ("range_push", "range_pop", "mark"):  # NVTX: marks for NVIDIA's profiler
         yield cuda.nvtx, name, lambda *_: None
 
 
 _IS_CUDA = torch.Tensor.is_cuda.__get__
+# PRIVATE: torch 2.13 torch.autograd._engine_run_backward
+_ENGINE = torch.autograd._engine_run_backward
+
+
+def _run_backward(*arguments: Any, **options: Any) -> Any:
+    """A mode is off inside the function that it answers for: torch.autograd.backward, and so in all that runs backward."""
+    with CudaIsCpu():
+        return _ENGINE(*arguments, **options)
 
 
 class CudaIsCpu(TorchFunctionMode):
@@ -130,9 +149,6 @@ class CudaIsCpu(TorchFunctionMode):
             # Megatron sorts parameters and checks gradients by type name: clip_grad_by_total_norm_fp32 and the
             # distributed optimizer refuse any but 'torch.cuda.FloatTensor'.
             return func(*args).replace("torch.", "torch.cuda.", 1)
-        if func is torch.Tensor.backward:
-            with self:  # a mode is off inside the function that it answers for, and so in the whole backward pass
-                return func(*args, **(kwargs or {}))
         if func is torch.Tensor.to:
             args = (args[0], *(_on_cpu(arg) for arg in args[1:]))
         if kwargs:

@@ -15,6 +15,7 @@ import importlib.machinery
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -23,7 +24,7 @@ from unittest.mock import patch
 
 import torch
 
-from llama2_lora.training.cpu import attention, dtypes, gemm, norms, optimizer, quantize, userbuffers
+from llama2_lora.training.cpu import attention, dtypes, gemm, norms, optimizer, quantize, rope, userbuffers
 
 FOLDER = Path(sys.prefix, "transformer_engine")  # scripts/setup_env.sh installs the wheel there
 KERNELS = (
@@ -37,8 +38,8 @@ KERNELS = (
     attention.get_fused_attn_backend,
     attention.fused_attn_fwd,
     attention.fused_attn_bwd,
-    attention.fused_rope_forward,
-    attention.fused_rope_backward,
+    rope.fused_rope_forward,
+    rope.fused_rope_backward,
     optimizer.multi_tensor_adam,
     optimizer.multi_tensor_l2norm,
     optimizer.multi_tensor_scale,
@@ -148,6 +149,37 @@ def stand_ins() -> Iterator[tuple[Any, str, Any]]:
     for name in ("backends", "utils"):
         module = importlib.import_module(f"{at}.attention.dot_product_attention.{name}")
         yield module, "torch", _Torch(float16=torch.float32)
+    # The backward pass of context parallelism waits twice for one exchange (context_parallel.py, "wait until dKV is received",
+    # then "wait until KV is received"). NCCL does not mind; a gloo work that has been waited for waits for the next message.
+    ring = importlib.import_module(f"{at}.attention.dot_product_attention.context_parallel")
+    exchange = ring.flash_attn_p2p_communicate
+    yield ring, "flash_attn_p2p_communicate", lambda *args: [_WaitOnce(work) for work in exchange(*args)]
+
+
+@contextmanager
+def forgotten_answers() -> Iterator[None]:
+    """Transformer Engine asks for the device once and keeps the answer: not beyond the context, nor from before it."""
+    modules = [importlib.import_module(f"transformer_engine.pytorch.{name}") for name in ("utils", "quantization")]
+    kept = [value for module in modules for value in vars(module).values() if hasattr(type(value), "cache_clear")]
+    for function in kept:
+        function.cache_clear()
+    try:
+        yield
+    finally:
+        for function in kept:
+            function.cache_clear()
+
+
+class _WaitOnce:
+    """A request of torch.distributed that may be waited for again."""
+
+    def __init__(self, work: torch.distributed.Work) -> None:
+        self._work: torch.distributed.Work | None = work
+
+    def wait(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+        self._work = None
 
 
 class _Cuda(SimpleNamespace):

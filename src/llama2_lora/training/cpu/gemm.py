@@ -13,14 +13,17 @@ Products and sums are fp32, so results differ from a GPU's by the order of the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llama2_lora.training.cpu import userbuffers
+from llama2_lora.training.cpu.blocks import blockwise_values, mxfp8_values
 from llama2_lora.training.cpu.dtypes import TORCH_DTYPE, CommOverlapType, DType
-from llama2_lora.training.cpu.quantize import is_quantized, quantize
+from llama2_lora.training.cpu.nvfp4 import nvfp4_values
+from llama2_lora.training.cpu.quantize import any_fp8_layout, is_quantized, quantize, rowwise_bytes
 
 
 def generic_gemm(
@@ -79,25 +82,29 @@ def _operand(tensor: Any, rowwise: bool) -> Tensor:
     """fp32 values [..., K] of a GEMM's operand, from its copy by rows or from the one by columns."""
     if not is_quantized(tensor):
         return tensor.float()
-    if hasattr(tensor, "_scale_inv"):
-        return _per_tensor_operand(tensor, rowwise)
+    for prefix, values in _VALUES.items():
+        if type(tensor).__name__.startswith(prefix):
+            return values(tensor, rowwise)
     raise NotImplementedError(f"transformer_engine_torch.generic_gemm: no CPU kernel for {type(tensor).__name__}")
 
 
-def _per_tensor_operand(tensor: Any, rowwise: bool) -> Tensor:
-    from transformer_engine.pytorch.utils import is_non_tn_fp8_gemm_supported
-
+def _per_tensor_values(tensor: Any, rowwise: bool) -> Tensor:
     fp8 = TORCH_DTYPE[tensor._fp8_dtype]
-    transposed = None if tensor._transpose_invalid else tensor._transpose
     # Hopper's FP8 products want both operands by rows, so "by columns" is the transpose; later parts read either copy.
-    use_data = tensor._data is not None and (rowwise or is_non_tn_fp8_gemm_supported())
-    if use_data:
+    if tensor._data is not None and (rowwise or any_fp8_layout()):
         return tensor._data.view(fp8).float() * tensor._scale_inv
-    if transposed is None:
-        raise RuntimeError("transformer_engine_torch.generic_gemm: the FP8 operand has no copy by columns")
-    if rowwise and not is_non_tn_fp8_gemm_supported():
-        raise RuntimeError("transformer_engine_torch.generic_gemm: the FP8 operand has no copy by rows")
-    return transposed.movedim(0, -1).contiguous().view(fp8).float() * tensor._scale_inv
+    if tensor._transpose is None or tensor._transpose_invalid or (rowwise and not any_fp8_layout()):
+        wanted = "rows" if rowwise else "columns"
+        raise RuntimeError(f"transformer_engine_torch.generic_gemm: the FP8 operand has no copy by {wanted}")
+    return rowwise_bytes(tensor).view(fp8).float() * tensor._scale_inv
+
+
+_VALUES: dict[str, Callable[[Any, bool], Tensor]] = {
+    "Float8Blockwise": blockwise_values,
+    "Float8Tensor": _per_tensor_values,
+    "MXFP8": mxfp8_values,
+    "NVFP4": nvfp4_values,
+}
 
 
 def _result_dtype(A: Any, D: Tensor | None, out_dtype: DType | None) -> torch.dtype:

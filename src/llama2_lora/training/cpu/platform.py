@@ -43,6 +43,7 @@ def cpu_platform(capability: tuple[int, int] = device.HOPPER) -> Iterator[None]:
         _check_versions()
         for owner, name, stand_in in extension.stand_ins():
             stack.enter_context(_replaced(owner, name, stand_in))
+        stack.enter_context(extension.forgotten_answers())
         yield
 
 

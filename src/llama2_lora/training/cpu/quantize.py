@@ -7,7 +7,7 @@ torch's cast makes NaN of it in e4m3 and infinity in e5m2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,36 +19,87 @@ FP32_MAX = torch.finfo(torch.float32).max
 
 
 def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None) -> Any:
-    """`quantize`: write `tensor` into `output`, or into a new tensor of the quantizer's kind.
+    """`quantize`: write `tensor` [..., n] into `output`, or into a new tensor of the quantizer's kind.
 
     Where the flag `noop` is set, the output stays as it is: Transformer Engine skips weights that have not changed.
     """
+    kernel = _kernel(quantizer)
     if output is None:
         output = quantizer.make_empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    if noop is not None and noop.item():
-        return output
-    kinds = {
-        "Float8Quantizer": _quantize_delayed,
-        "Float8CurrentScalingQuantizer": _quantize_current,
-    }
-    kind = type(quantizer).__name__
-    if kind not in kinds:
-        raise NotImplementedError(f"transformer_engine_torch.quantize: no CPU kernel for {kind}")
-    kinds[kind](tensor.detach(), quantizer, output)
+        fit_copies(output, quantizer)
+        if quantizer.internal:
+            output = _storage_class(output)(**output.get_metadata())
+    else:
+        fit_copies(output, quantizer)
+    if tensor.numel() and (noop is None or not noop.item()):
+        kernel(tensor.detach(), quantizer, output)
     return output
 
 
+def _kernel(quantizer: Any) -> Callable[[Tensor, Any, Any], None]:
+    from llama2_lora.training.cpu import blocks, nvfp4
+
+    kernels = {
+        "Float8Quantizer": _quantize_delayed,
+        "Float8CurrentScalingQuantizer": _quantize_current,
+        "Float8BlockQuantizer": blocks.quantize_blockwise,
+        "MXFP8Quantizer": blocks.quantize_mxfp8,
+        "NVFP4Quantizer": nvfp4.quantize_nvfp4,
+    }
+    if (kind := type(quantizer).__name__) not in kernels:
+        raise NotImplementedError(f"transformer_engine_torch.quantize: no CPU kernel for {kind}")
+    return kernels[kind]
+
+
+def fit_copies(output: Any, quantizer: Any) -> None:
+    """Make and drop the copies of a quantized tensor as its quantizer's usage says (csrc/quantizer.cpp).
+
+    A GPU whose FP8 products take any layout (Blackwell) has no transpose of a tensor with one scale: one copy serves both.
+    """
+    rowwise, columnwise = quantizer.rowwise_usage, quantizer.columnwise_usage
+    if hasattr(output, "_transpose"):
+        any_layout = any_fp8_layout()
+        wanted = {"_data": rowwise or any_layout, "_transpose": columnwise and not any_layout}
+        output._transpose_invalid = not wanted["_transpose"]
+    else:
+        parts = ("_data", "_scale_inv")
+        wanted = {f"_rowwise{part}": rowwise for part in parts} | {f"_columnwise{part}": columnwise for part in parts}
+        if hasattr(output, "_amax_rowwise"):
+            wanted |= {"_amax_rowwise": rowwise, "_amax_columnwise": columnwise}
+    fresh = None
+    for name, needed in wanted.items():
+        if not needed:
+            setattr(output, name, None)
+        elif getattr(output, name) is None:
+            fresh = fresh if fresh is not None else quantizer.make_empty(output.size(), device="cpu")
+            setattr(output, name, getattr(fresh, name))
+    if hasattr(output, "_fp8_dtype"):
+        output._fp8_dtype = quantizer.dtype
+
+
+def any_fp8_layout() -> bool:
+    from transformer_engine.pytorch.utils import is_non_tn_fp8_gemm_supported
+
+    return is_non_tn_fp8_gemm_supported()
+
+
+def _storage_class(tensor: Any) -> type:
+    """The class without a torch.Tensor around it, which Transformer Engine uses inside its modules."""
+    return next(c for c in type(tensor).__mro__ if c.__name__.endswith("Storage"))
+
+
 def dequantize(tensor: Any, otype: DType) -> Tensor:
-    """`dequantize`: the values of a quantized tensor."""
+    """`dequantize`: the values of a tensor quantized by rows."""
+    from llama2_lora.training.cpu import blocks
+
     dtype = TORCH_DTYPE[otype]
-    if hasattr(tensor, "_fp8_dtype") and hasattr(tensor, "_scale_inv"):
+    if hasattr(tensor, "_transpose"):
+        # PRIVATE: transformer_engine 2.9 transformer_engine.pytorch.tensor.float8_tensor.Float8Tensor._fp8_dtype
+        # PRIVATE: transformer_engine 2.9 transformer_engine.pytorch.tensor.float8_tensor.Float8Tensor._scale_inv
         return (rowwise_bytes(tensor).view(TORCH_DTYPE[tensor._fp8_dtype]).float() * tensor._scale_inv).to(dtype)
+    if type(tensor).__name__.startswith("MXFP8"):
+        return blocks.mxfp8_values(tensor, rowwise=True).to(dtype)
     raise NotImplementedError(f"transformer_engine_torch.dequantize: no CPU kernel for {type(tensor).__name__}")
-
-
-def plain(tensor: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor's values, quantized or not."""
-    return tensor.dequantize(dtype=dtype) if is_quantized(tensor) else tensor.to(dtype)
 
 
 def is_quantized(tensor: Any) -> bool:
@@ -69,6 +120,7 @@ def _quantize_current(tensor: Tensor, quantizer: Any, output: Any) -> None:
     if not quantizer.use_existing_amax:
         quantizer.amax.copy_(amax_of(tensor))
     if quantizer.with_amax_reduction:
+        # PRIVATE: transformer_engine 2.9 transformer_engine.pytorch.tensor.float8_tensor.Float8CurrentScalingQuantizer._canonicalized_amax_reduction_group  # noqa: E501
         group = quantizer._canonicalized_amax_reduction_group()
         torch.distributed.all_reduce(quantizer.amax, op=torch.distributed.ReduceOp.MAX, group=group)
     limit = torch.finfo(TORCH_DTYPE[quantizer.dtype]).max
@@ -98,8 +150,11 @@ def cast_fp8(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _write(tensor: Tensor, scale: Tensor, output: Any) -> None:
     data = cast_fp8(tensor.float() * scale, TORCH_DTYPE[output._fp8_dtype])
+    # PRIVATE: transformer_engine 2.9 transformer_engine.pytorch.tensor.float8_tensor.Float8Tensor._data
     if output._data is not None:
         output._data.copy_(data.view(output._data.shape))
+    # PRIVATE: transformer_engine 2.9 transformer_engine.pytorch.tensor.float8_tensor.Float8Tensor._transpose
+    # PRIVATE: transformer_engine 2.9 transformer_engine.pytorch.tensor.float8_tensor.Float8Tensor._transpose_invalid
     if output._transpose is not None:
         output._transpose.copy_(data.reshape(-1, data.shape[-1]).t().reshape(output._transpose.shape))
         output._transpose_invalid = False

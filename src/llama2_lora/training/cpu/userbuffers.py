@@ -41,7 +41,9 @@ class CommOverlap:
 
         self.group = parallel_state.get_tensor_model_parallel_group()
         self.size, self.rank = tp_size, torch.distributed.get_rank(self.group)
-        self.buffer = torch.zeros(tuple(buffer_shape), dtype=buffer_dtype)
+        # NeMo names no dtype, so TE asks for bf16; the CPU's activations are fp32
+        wide = torch.float32 if buffer_dtype == torch.bfloat16 else buffer_dtype
+        self.buffer = torch.zeros(tuple(buffer_shape), dtype=wide)
 
     def is_fp8_ubuf(self) -> bool:
         return self.buffer.dtype == torch.uint8

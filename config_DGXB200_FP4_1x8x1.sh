@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+#   source config_DGXB200_FP4_1x8x1.sh && sbatch -N "$DGXNNODES" -t "$WALLTIME" run.sub
+# One DGX B200 (8 x 180 GB): DP8, GBS 8, NVFP4. Published runs of this shape: 8.9 minutes (v5.1), v6.0.
+export DGXSYSTEM=DGXB200_FP4_1x8x1
+source "$(dirname "${BASH_SOURCE[0]}")/config_common_blackwell.sh"
+
+export ACCELERATOR=B200
+export WALLTIME=03:00:00
+export CP=1
+export LR=6e-4
+export MAX_STEPS=550                      # end of the cosine; the mean run stops after 397 steps
+export FP4=1 FP8=0 FP8_PARAMS=0 FP8_DPA=0 # NVFP4 in place of FP8; published runs went on in FP8 from step 350

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+#   source config_GB200_128x4x1.sh && sbatch -N "$DGXNNODES" -t "$WALLTIME" run.sub
+# 128 GB200 trays (512 x 192 GB): CP8, DP64, GBS 64, FP8. Published runs of this shape: 0.4 minutes on GB300.
+export DGXSYSTEM=GB200_128x4x1
+source "$(dirname "${BASH_SOURCE[0]}")/config_common_blackwell.sh"
+
+export ACCELERATOR=GB200
+export WALLTIME=01:00:00
+export CP=8 # two trays share each sequence over NVLink
+export LR=6e-4
+export MAX_STEPS=600          # end of the cosine; the mean run stops after 115 steps
+export SBATCH_SEGMENT_SIZE=16 # a context-parallel group stays in a rack (before Slurm 25.05: sbatch --segment=16)

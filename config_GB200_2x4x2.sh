@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+#   source config_GB200_2x4x2.sh && sbatch -N "$DGXNNODES" -t "$WALLTIME" run.sub
+# Two GB200 trays of one NVL72 rack (8 x 192 GB): CP2, DP4, GBS 8, NVFP4. Published runs of this shape: v5.1.
+export DGXSYSTEM=GB200_2x4x2
+source "$(dirname "${BASH_SOURCE[0]}")/config_common_blackwell.sh"
+
+export ACCELERATOR=GB200
+export WALLTIME=03:00:00
+export CP=2
+export LR=6e-4
+export MAX_STEPS=700                      # end of the cosine; the mean run stops after 397 steps
+export FP4=1 FP8=0 FP8_PARAMS=0 FP8_DPA=0 # NVFP4 in place of FP8; published runs went on in FP8 from step 350
+export SBATCH_SEGMENT_SIZE=2              # a context-parallel group stays in a rack (before Slurm 25.05: sbatch --segment=2)

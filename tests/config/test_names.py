@@ -1,0 +1,35 @@
+"""Variables that nothing reads are named, libraries' are left alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from llama2_lora.config.names import unknown
+
+
+def told(*names: str, ours: bool) -> list[str]:
+    return [finding.text for finding in unknown(names, ours)]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("MAX_STEP", "MAX_STEPS"), ("FP8_PARAM", "FP8_PARAMS"), ("WARMUP_STEPS", "WARMUP_TRAIN_STEPS"), ("DATA_DIR", "DATADIR")],
+)
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_misspelt_name_says_what_is_meant(name: str, meant: str, ours: bool) -> None:
+    assert told(name, ours=ours) == [f"{name}: nothing reads it; is {meant} meant?"]
+
+
+@pytest.mark.parametrize("name", ["LRATE", "LORA_TARGETS", "FP8_MARGIN", "DGXNODES"])
+def test_a_name_like_a_setting_is_named_in_any_environment(name: str) -> None:
+    assert len(told(name, ours=False)) == 1
+
+
+def test_what_libraries_and_sites_read_is_left_alone() -> None:
+    library = ["NVTE_FUSED_ATTN", "OMP_NUM_THREADS", "TP", "NCCL_NVLS_ENABLE", "CUDA_DEVICE_MAX_CONNECTIONS", "DATADIR", "CONT"]
+    assert told(*library, ours=True) == []
+    assert told(*library, "MY_SITE", "HOME", "PATH", "LOGNAME", "TERM", "DATA", "MODEL_NAME", "LS_COLORS", ours=False) == []
+
+
+def test_a_config_exports_nothing_that_nobody_reads() -> None:
+    assert told("MY_SITE", ours=True) == ["MY_SITE: nothing reads it"]
