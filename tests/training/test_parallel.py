@@ -29,6 +29,10 @@ TWO_RANKS = {
     "tp2": {"MINIBS": "8", "TP": "2"},
     "pp2": {"MINIBS": "8", "PP": "2"},
     "cp2": {"MINIBS": "8", "CP": "2"},
+    "cp2_a2a": {"MINIBS": "8", "CP": "2", "CP_COMM": "a2a"},
+    "cp2_gathered": {"MINIBS": "8", "CP": "2", "CP_COMM": "all_gather"},
+    # Evaluation without context parallelism, a row at a time; the warm-up's too.
+    "cp2_whole": {"MINIBS": "8", "CP": "2", "VAL_CP": "1", "VAL_MBS": "1", "WARMUP_VALIDATION_STEPS": "1"},
     "tp2_sp": {"MINIBS": "8", "TP": "2", "SP": "1"},
     # Layers run again when later micro-batches have begun: their dropout masks must be those of their own.
     "pp2_recompute": {"MINIBS": "8", "PP": "2", "RECOMPUTE": "full"},
@@ -92,7 +96,7 @@ def run_layouts(tiny: Tiny, results: Path, layouts: dict[str, dict[str, str]], r
     for name, layout in layouts.items():
         (results / name).mkdir()
         environments[name] = tiny.environment(results / name, **(short | layout)) | {"MASTER_PORT": free_port()}
-    unset = {"TP": "1", "PP": "1", "CP": "1", "SP": "0"}
+    unset = {variable: "" for layout in layouts.values() for variable in layout}  # runs share a process
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
         [*torchrun, __file__, json.dumps({name: unset | environment for name, environment in environments.items()})],
