@@ -37,9 +37,9 @@ def start(tmp_path):
             "LOGDIR": str(tmp_path / "results"),
             "CONT": str(tmp_path / "an image"),
             "SEED": str(FIRST_SEED),
-            "DROP_CACHES_COMMAND": "true",
             "MLPERF_SUBMITTER": "job",
         } | changes
+        environment = {name: value for name, value in environment.items() if value}
         out = open(tmp_path / "out", "w")  # noqa: SIM115 - the process holds it
         config = tmp_path / "config_CPU_1x2x4.sh"
         config.write_text(f'source "{ROOT}/{config.name}"\nexport NEXP={len(payload.split())}\n')
@@ -61,6 +61,14 @@ def wait_for(condition, folder: Path) -> None:
     while not condition():
         assert time.monotonic() < deadline, (folder / "out").read_text()
         time.sleep(0.1)
+
+
+def test_as_the_readme_writes_it(start, tmp_path):
+    """The four paths and the config: default commands, the image's python, a random seed."""
+    process = start("pass", SEED="", MLPERF_SUBMITTER="")
+    assert process.wait(120) == 0, (tmp_path / "out").read_text()
+    assert values(log(tmp_path, 1), "cache_clear") == [True]
+    assert values(log(tmp_path, 1), "submission_org") == ["unofficial"], "the config's, not the image's"
 
 
 def test_trials_are_run_and_judged(start, tmp_path):
@@ -99,7 +107,7 @@ def test_nothing_runs_on_behind_an_aborted_log(start, tmp_path):
 def test_refused_limits(start, tmp_path):
     assert start("pass", DOCKER_REFUSES_ULIMITS="1").wait(60) == 1
     assert "where a --ulimit is refused: DOCKER_ULIMITS= leaves them out" in (tmp_path / "out").read_text()
-    assert start("pass", DOCKER_REFUSES_ULIMITS="1", DOCKER_ULIMITS="").wait(60) == 0
+    assert start("pass", DOCKER_REFUSES_ULIMITS="1", DOCKER_ULIMITS=" ").wait(60) == 0
 
 
 def test_a_disk_that_fills(tmp_path):

@@ -126,6 +126,15 @@ def test_a_folder_that_cannot_be_written_ends_the_job_at_once(user_site):
         assert f"LOGDIR={folder}: {problem}" in job.text()
 
 
+def test_the_all_reduce_is_measured(site):
+    """The default on GPUs."""
+    job = site.submit("allreduce", NCCL_TEST="1")
+    assert job.wait() == 0, job.text()
+    assert "measuring the all-reduce bandwidth" in job.text()
+    (measured,) = job.results.glob("*_allreduce.txt")
+    assert "bus_gb_per_s" in measured.read_text()
+
+
 def test_more_mounts(site):
     """Here the interpreter is where only the mount puts it."""
     (site.folder / "extra").mkdir()

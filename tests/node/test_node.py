@@ -57,7 +57,8 @@ GPU = """
 def nvidia_smi(gpus: int = 8) -> str:
     devices = "".join(GPU.format(bus=16 * i + 11) for i in range(gpus))
     head = '<?xml version="1.0" ?><!DOCTYPE nvidia_smi_log SYSTEM "nvsmi_device_v12.dtd">'
-    return f"{head}<nvidia_smi_log><driver_version>570.133.20</driver_version>{devices}</nvidia_smi_log>"
+    versions = "<driver_version>570.133.20</driver_version><cuda_version>12.8</cuda_version>"
+    return f"{head}<nvidia_smi_log>{versions}{devices}</nvidia_smi_log>"
 
 
 def nvlink(gpus: int = 8, links: int = 18) -> str:
@@ -87,6 +88,7 @@ def node(number: int = 0, **changes: object) -> dict:
         "node": number,
         "host": f"node{number + 1}",
         "gpu": probe.parse_nvidia_smi(nvidia_smi()),
+        "cuda": {"version": "12.9.1", "compat": False},
         "nvlink": probe.parse_nvlink(nvlink()),
         "infiniband": probe.parse_ibstat(ibstat()),
         "software": {"torch": "2.9.0"},
@@ -136,6 +138,19 @@ def test_each_gpu_problem_is_found(pattern, replacement, problem):
     found = bad(node(gpu=probe.parse_nvidia_smi(text)))
     assert len(found) == 1
     assert problem in found[0]
+
+
+def test_a_driver_that_is_older_than_the_images_cuda(tmp_path):
+    """nemo:25.11 has CUDA 13, sites run driver 570: the way out is named; with the compat package it may well work."""
+    (tmp_path / "version.json").write_text('{"cuda": {"version": "13.0.1"}}')
+    (problem,) = bad(node(cuda=probe.cuda_toolkit(tmp_path)))
+    assert "driver 570.133.20 knows CUDA 12.8, the image has 13.0.1: install driver 580, or" in problem
+    (tmp_path / "compat/lib").mkdir(parents=True)
+    (tmp_path / "compat/lib/libcuda.so.1").touch()
+    found = node(cuda=probe.cuda_toolkit(tmp_path))
+    assert bad(found) == []
+    assert any("put /usr/local/cuda/compat/lib first" in f.text for f in judge(found) if f.level == "unknown")
+    assert bad(node(cuda=probe.cuda_toolkit(tmp_path / "nowhere"))) == []
 
 
 def test_throttle_reasons_of_drivers_before_535():
@@ -245,6 +260,7 @@ def test_clocks_of_two_processes():
 
 
 def test_the_command_on_this_machine(tmp_path: Path):
+    pytest.importorskip("rich")
     make_data(tmp_path)
     for name in ("context/model.yaml", "weights/metadata.json"):
         (tmp_path / name).parent.mkdir()

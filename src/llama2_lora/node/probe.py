@@ -6,6 +6,7 @@ else than expected, gives None, never a guess.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -42,6 +43,7 @@ def probe(node: int, nodes: int, rendezvous: str, platform: str, paths: dict[str
     seen: dict[str, Any] = {"node": node, "host": socket.gethostname()}
     if platform == "gpu":
         seen["gpu"] = parse_nvidia_smi(run("nvidia-smi", "-q", "-x"))
+        seen["cuda"] = cuda_toolkit(Path("/usr/local/cuda"))
         seen["nvlink"] = parse_nvlink(run("nvidia-smi", "nvlink", "--status"))
         seen["infiniband"] = parse_ibstat(run("ibstat"))
     seen["software"] = _versions()
@@ -52,6 +54,15 @@ def probe(node: int, nodes: int, rendezvous: str, platform: str, paths: dict[str
     seen["checkpoint"] = _folder_sizes(paths["checkpoint"])
     seen["clock"] = measure_clock(node, nodes, rendezvous)
     return seen
+
+
+def cuda_toolkit(folder: Path) -> dict[str, Any]:
+    """CUDA of the image, and whether it holds the compat package, which brings a newer libcuda than the driver's."""
+    try:
+        version = json.loads((folder / "version.json").read_text())["cuda"]["version"]
+    except (OSError, ValueError, KeyError):
+        version = None
+    return {"version": version, "compat": any(folder.glob("compat/**/libcuda.so*"))}
 
 
 def _versions() -> dict[str, str]:
@@ -157,12 +168,13 @@ def _round_trip(connection: socket.socket) -> tuple[float, float]:
 
 
 def parse_nvidia_smi(xml: str | None) -> dict[str, Any] | None:
-    """`nvidia-smi -q -x`: driver and what is judged of each GPU. Drivers before 535 say throttle reasons."""
+    """`nvidia-smi -q -x`: driver, its CUDA, and what is judged of each GPU. Drivers before 535 say throttle reasons."""
     try:
         root = ET.fromstring(xml or "")
     except ET.ParseError:
         return None
-    return {"driver": root.findtext("driver_version", ""), "gpus": [_parse_gpu(gpu) for gpu in root.iter("gpu")]}
+    gpus = [_parse_gpu(gpu) for gpu in root.iter("gpu")]
+    return {"driver": root.findtext("driver_version", ""), "cuda": root.findtext("cuda_version", ""), "gpus": gpus}
 
 
 def _parse_gpu(gpu: ET.Element) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class Links:
 
 
 LIMITS = Limits()
+CUDA_13_DRIVER = 580  # oldest branch that runs CUDA 13 by itself
 LINKS = {
     "H100": Links(18, 300, 200),
     "H200": Links(18, 300, 200),
@@ -119,11 +120,26 @@ def _gpu_checks(seen: dict[str, Any], gpus: int, accelerator: str) -> Iterator[F
     driver = seen["gpu"]["driver"]
     old = not driver.split(".")[0].isdigit() or int(driver.split(".")[0]) < LIMITS.driver_major
     yield _judged("driver", not old, f"driver {driver}, at least {LIMITS.driver_major} needed")
+    yield from _cuda_checks(driver, seen["gpu"]["cuda"], seen["cuda"])
     problems = [f"GPU {i}: {problem}" for i, device in enumerate(devices) for problem in _device_problems(device, accelerator)]
     yield _judged("gpu state", not problems, "; ".join(problems) or "memory, clocks, ECC, MIG and fabric as expected")
     optional = {"application_mhz"}  # newer drivers have no application clocks
     if unread := sorted({key for device in devices for key, value in device.items() if value is None} - optional):
         yield Finding("unknown", "gpu state", f"this driver does not report {', '.join(unread)}")
+
+
+def _cuda_checks(driver: str, known: str, toolkit: dict[str, Any]) -> Iterator[Finding]:
+    """A driver before 580 knows CUDA 12 alone; data-centre GPUs run CUDA 13 on it through the image's compat package."""
+    version = toolkit["version"]
+    if not version or not known or int(known.split(".")[0]) >= int(version.split(".")[0]):
+        return
+    text = f"driver {driver} knows CUDA {known}, the image has {version}"
+    if toolkit["compat"]:
+        cure = "if CUDA calls the driver insufficient, put /usr/local/cuda/compat/lib first in LD_LIBRARY_PATH"
+        yield Finding("unknown", "cuda", f"{text} and a compat package: {cure}")
+    else:
+        cure = f"install driver {CUDA_13_DRIVER}, or NVIDIA's cuda-compat package in the image"
+        yield Finding("error", "cuda", f"{text}: {cure}")
 
 
 def _device_problems(device: dict[str, Any], accelerator: str) -> Iterator[str]:
