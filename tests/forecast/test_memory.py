@@ -96,6 +96,9 @@ def test_evaluation_counts_where_it_needs_more_than_a_step() -> None:
     used = sum(gigabytes(step, word) for word in ("activations", "logits", "working set"))
     assert gigabytes(many, "evaluation") == pytest.approx(64 * a_row - used, rel=1e-6)
     assert many.total > step.total
+    cut, whole = (account("H200", 1, 8, 2, CP="2", VAL_MBS="64", VAL_CP=cp, **FP8) for cp in ("2", "1"))
+    half = 32 * a_row  # of 64 rows
+    assert gigabytes(whole, "evaluation") - gigabytes(cut, "evaluation") == pytest.approx(half, rel=1e-6)
 
 
 def test_restoring_needs_one_layer_above_the_weights() -> None:

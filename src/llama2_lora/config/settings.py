@@ -79,12 +79,17 @@ class Parallel:
     tp: int = _setting("TP", 1, "Tensor parallel size", low=1)
     pp: int = _setting("PP", 1, "Pipeline parallel size", low=1)
     cp: int = _setting("CP", 1, "Context parallel size", low=1)
-    cp_exchange: str = _setting("CP_COMM", "p2p", "How context-parallel ranks share attention: keys and values around a ring, or heads for tokens all to all", choices=("p2p", "a2a"))
+    cp_exchange: str = _setting("CP_COMM", "p2p", "How attention meets all keys under CP: `p2p` in a ring behind the products; `a2a` trades tokens for heads, two exchanges a pass: wins where CP is inside NVLink, needs CP * TP to divide the KV heads; `all_gather`: needs FP8_DPA=0", choices=("p2p", "a2a", "all_gather"))
+    validation_cp: int | None = _setting("VAL_CP", None, "Context parallel size of the evaluation, CP or 1: with 1 a rank evaluates whole rows of its own and exchanges nothing; wins where 173 rows fill the ranks; excludes TP_COMM_OVERLAP; default: CP", low=1)
     sequence_parallel: bool = _setting("SP", False, "Sequence parallelism over the TP group")
 
     @property
     def model_parallel_size(self) -> int:
         return self.tp * self.pp * self.cp
+
+    @property
+    def evaluation_cp(self) -> int:
+        return self.cp if self.validation_cp is None else self.validation_cp
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,6 +240,11 @@ class Settings:
     def data_parallel_size(self) -> int:
         s, p = self.system, self.parallel
         return schedule.data_parallel_size(s.nodes, s.gpus_per_node, p.tp, p.pp, p.cp)
+
+    @property
+    def validation_data_parallel_size(self) -> int:
+        """Ranks that evaluate rows of their own."""
+        return self.data_parallel_size * self.parallel.cp // self.parallel.evaluation_cp
 
     @property
     def global_batch_size(self) -> int:
