@@ -53,13 +53,17 @@ train() { # folder, stamp
   # shellcheck source=config_CPU_1x2x4.sh
   source config_CPU_1x2x4.sh
   export DATADIR="${PWD}/${WORK}/data/gov_report" MODEL="${PWD}/${WORK}/checkpoint" LOGDIR="${PWD}/$1" DATESTAMP="$2"
-  export CONT=none LAUNCHER=local HEALTH=warn
+  export CONT=none LAUNCHER=local HEALTH=warn PYTHON=python # the environment's, whatever made it
   export DROP_CACHES_COMMAND=true # the data is small and made a moment ago: there is no cache to drop
   RULESET="$(PYTHONPATH=src python -c 'from llama2_lora.config import rules; print(*rules.RULESETS)')"
   [[ "${TARGET_LOSS:-${TARGET}}" == "${TARGET}" ]] || RULESET=''
   export RULESET
   step "Training: run.sub, ${DGXNGPU} ranks, config_${DGXSYSTEM}.sh, at most ${MAX_STEPS} steps; log $1/$2_1.log"
-  bash run.sub |& progress
+  mkdir -p "$1"
+  local status=0
+  bash run.sub |& tee "$1.out" | progress || status=$?
+  ((status == 0)) || printf 'all that run.sub said: %s\n' "$1.out"
+  return "${status}"
 }
 
 # The log's curves, verdicts and errors, for the eye; the log itself has everything.
@@ -83,7 +87,7 @@ show() { # line; fails where there is nothing to show
     local name='train loss'
     [[ "${BASH_REMATCH[1]}" == train_loss ]] || name='EVAL LOSS'
     printf '  %s %s after %s sequences\n' "${name}" "$(rounded "${BASH_REMATCH[2]}")" "${BASH_REMATCH[3]}"
-  elif [[ "$1" =~ ^(run\.sub: )?(error: .*|ruleset .*)$ ]]; then
+  elif [[ "$1" =~ ^(run\.sub: )?((error|no-go): .*|ruleset .*)$ ]]; then
     printf '%s\n' "${BASH_REMATCH[2]}"
   else
     return 1
