@@ -54,7 +54,7 @@ train() { # folder, stamp
   source config_CPU_1x2x4.sh
   export DATADIR="${PWD}/${WORK}/data/gov_report" MODEL="${PWD}/${WORK}/checkpoint" LOGDIR="${PWD}/$1" DATESTAMP="$2"
   export CONT=none LAUNCHER=local HEALTH=warn PYTHON=python # the environment's, whatever made it
-  export DROP_CACHES_COMMAND=true # the data is small and made a moment ago: there is no cache to drop
+  export DROP_CACHES_COMMAND=true                           # the data is small and made a moment ago: there is no cache to drop
   RULESET="$(PYTHONPATH=src python -c 'from llama2_lora.config import rules; print(*rules.RULESETS)')"
   [[ "${TARGET_LOSS:-${TARGET}}" == "${TARGET}" ]] || RULESET=''
   export RULESET
