@@ -10,4 +10,3 @@ export TP=4 CP=1         # four 80 GB parts hold one replica
 export LR=4e-4
 export MAX_STEPS=800 # end of the cosine; the median run stops after 384 steps
 export FP8_DPA=1     # FP8 attention: 7% of the FLOP at 8,192 tokens, and its saved activations halve
-export FP8_ACT=1     # 9.4 GB less: without it preflight counts 85 of 85.5 GB

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 from llama2_lora.hub import checkpoint
-from llama2_lora.hub.client import Repository
+from llama2_lora.hub.failures import Repository
 
 REPOSITORY = "michal1270/llama2_70b_nemo_zarr"  # what NVIDIA's submissions start from
 

@@ -4,7 +4,7 @@
 
 set_defaults() {
   DRY_RUN="${DRY_RUN:-0}" LAUNCHER="${LAUNCHER:-slurm}" RULESET="${RULESET-5.1.0}" HEALTH="${HEALTH:-fail}"
-  DROP_CACHES="${DROP_CACHES:-require}" STOP_ON_FAILURE="${STOP_ON_FAILURE:-0}"
+  DROP_CACHES="${DROP_CACHES:-require}" STOP_ON_FAILURE="${STOP_ON_FAILURE:-0}" REHEARSE="${REHEARSE:-0}"
   export PYTHON="${PYTHON:-python}" BIND="${BIND:-gpu}" # here, or an image's would hold
   export NEXP="${NEXP:-1}" PLATFORM="${PLATFORM:-gpu}"
   export SLURM_MPI_TYPE="${SLURM_MPI_TYPE:-none}" # PyTorch needs no MPI; a site may prefer pmix

@@ -5,6 +5,7 @@
     scripts/preflight.py                                      the current environment, as run.sub calls it
     scripts/preflight.py config_DGXH100_1x8x4.sh --plot x.png and a picture: LR, evaluations, memory
     scripts/preflight.py --inside                             and what only the node knows: files, hashes, GPUs
+    scripts/preflight.py CONFIG --measured FILE               times and memory from a rank that scripts/measure.py measured
 
 Exit status: 0 go, 1 no-go, 2 wrong usage. Memory is an account, times are a forecast: see memory.py and timing.py.
 """
@@ -19,13 +20,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama2_lora.config.names import unknown
-from llama2_lora.config.settings import Settings, SettingsError
-from llama2_lora.config.shell import source
-from llama2_lora.findings import Finding, at_least, count, exit_status, show
-from llama2_lora.forecast.cost import Rates, cost, positive
-from llama2_lora.forecast.plan import Plan, plan
-from llama2_lora.forecast.show import plot, show_plan
+from llama2_lora.packages import missing_package_named
+
+with missing_package_named():
+    from llama2_lora.config.names import unknown
+    from llama2_lora.config.settings import Settings, SettingsError
+    from llama2_lora.config.shell import source
+    from llama2_lora.findings import Finding, at_least, count, exit_status, show
+    from llama2_lora.forecast.cost import Rates, cost, positive
+    from llama2_lora.forecast.measured import Measured
+    from llama2_lora.forecast.measured import read as read_measured
+    from llama2_lora.forecast.plan import Plan, plan
+    from llama2_lora.forecast.show import plot, show_plan
 
 NODE_PATHS = ("DATA_PATH", "CKPT_PATH", "RESULTS_PATH")  # where a node has its files, which no config says
 
@@ -36,6 +42,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw LR, evaluations and memory (.png, .svg, .pdf)")
     parser.add_argument("--inside", action="store_true", help="check files, hashes, checkpoint and GPUs of this node too")
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="what scripts/measure.py wrote of this config")
     parser.add_argument("--gpu-hour-price", type=positive, metavar="P", help="price of one GPU for an hour, for the cost")
     help_watts = "mean power of one GPU with its share of the node, for the energy"
     parser.add_argument("--gpu-watts", type=positive, metavar="W", help=help_watts)
@@ -50,7 +57,9 @@ def environment(config: Path | None) -> dict[str, str]:
     return {name: here[name] for name in NODE_PATHS if name in here} | source(config)
 
 
-def examine(config: Path | None, inside: bool) -> tuple[Plan | None, list[Finding], list[Finding] | None]:
+def examine(
+    config: Path | None, inside: bool, rank: Measured | None
+) -> tuple[Plan | None, list[Finding], list[Finding] | None]:
     """The plan, unless the settings are illegal; everything to be said; and what this node's own checks found."""
     env = environment(config)
     names = list(unknown(env, ours=config is not None))
@@ -58,7 +67,7 @@ def examine(config: Path | None, inside: bool) -> tuple[Plan | None, list[Findin
         settings = Settings.from_env(env)
     except SettingsError as error:
         return None, [*(Finding("error", "settings", problem) for problem in error.problems), *names], None
-    found = plan(settings)
+    found = plan(settings, rank)
     here = None
     if inside:
         from llama2_lora.node.files import inspect
@@ -70,9 +79,11 @@ def examine(config: Path | None, inside: bool) -> tuple[Plan | None, list[Findin
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
-        found, findings, inside = examine(arguments.config, arguments.inside)
+        rank = read_measured(arguments.measured) if arguments.measured else None
+        found, findings, inside = examine(arguments.config, arguments.inside, rank)
         if arguments.plot and found:
-            plot(found, arguments.plot)
+            with missing_package_named():
+                plot(found, arguments.plot)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # The rehearsal: the cluster run's code on two CPU cores, from nothing to a judged log. About 6 minutes after the install.
 #   scripts/rehearse.sh              generated reports; the target is the benchmark's 0.925
+#   scripts/rehearse.sh --gpu        on the GPUs of this machine, in the image: real kernels, FP8; config_GPU_1x*.sh
 #   scripts/rehearse.sh --text DIR   your own text files (scripts/rehearsal_data.py --help says which); TARGET_LOSS is free
-# What it makes lies in rehearsal/, and is used again as long as it is up to date. The run itself is run.sub's, without Slurm and
-# without a container. Exit status: 0 the run reached the target and its log passes the compliance checker; 2 wrong use; else not.
+# What it makes lies in rehearsal/ (REHEARSAL_DIR), and is used again as long as it is up to date. The run itself is run.sub's,
+# without Slurm and without a container. Exit status: 0 the run reached the target and its log passes the compliance checker;
+# 2 wrong use; else not.
 set -euo pipefail
 
-readonly WORK=rehearsal TARGET=0.925 # the benchmark's
-readonly SILENCE=60                  # seconds after which a long step shows that it lives
+readonly WORK="${REHEARSAL_DIR:-rehearsal}"
+readonly TARGET=0.925 # the benchmark's
+readonly SILENCE=60   # seconds after which a long step shows that it lives
 
 step() { printf '\n[%3ds] %s\n' "${SECONDS}" "$*"; }
 
@@ -25,6 +28,7 @@ parse() {
         printf '%s\n' --text "$(realpath -- "$2")"
         shift 2
         ;;
+      --gpu) shift ;; # see main
       *) die "unknown argument $1; see $0 --help" ;;
     esac
   done
@@ -38,23 +42,56 @@ lock() { # folder
   printf '%s\n' "$$" >"$1/.lock"
 }
 
+# The config for the GPUs that are visible; with two of them, or three, one is used
+config_of() { # 1 with --gpu, else 0
+  local gpus
+  if (($1 == 0)); then
+    echo config_CPU_1x2x4.sh
+    return
+  fi
+  gpus="$(visible_gpus)"
+  if ((gpus >= 8)); then
+    echo config_GPU_1x8x1.sh
+  elif ((gpus >= 4)); then
+    echo config_GPU_1x4x2.sh
+  elif ((gpus >= 1)); then
+    echo config_GPU_1x1x8.sh
+  else
+    die "--gpu: no GPU is visible; in a container, was it given one (docker run --gpus all)?"
+  fi
+}
+
+visible_gpus() {
+  python -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0
+}
+
+absolute() { # path
+  case "$1" in
+    /*) echo "$1" ;;
+    *) echo "${PWD}/$1" ;;
+  esac
+}
+
 # Data, base model and checkpoint: what download_dataset.py and convert_model.py do for the 70B.
-prepare() { # options of rehearsal_data.py...
+prepare() { # dtype, options of rehearsal_data.py...
   step "Data: documents -> packed rows (${WORK}/data)"
-  python scripts/rehearsal_data.py --output "${WORK}/data" "$@"
+  python scripts/rehearsal_data.py --output "${WORK}/data" "${@:2}"
   step "Base model: a small Llama learns the reports, without summaries (${WORK}/base)"
   # OpenMP's threads spin while they wait; on a machine that has other work, that triples the time.
   OMP_WAIT_POLICY=passive python scripts/rehearsal_model.py --data "${WORK}/data" --output "${WORK}/base"
-  step "Checkpoint: Hugging Face -> NeMo (${WORK}/checkpoint)"
-  python scripts/convert_model.py --source "${WORK}/base" --output_path "${WORK}/checkpoint"
+  step "Checkpoint: Hugging Face -> NeMo (${WORK}/checkpoint_$1)"
+  python scripts/convert_model.py --source "${WORK}/base" --output_path "${WORK}/checkpoint_$1" --dtype "$1"
 }
 
-train() { # folder, stamp
+train() { # folder, stamp, config, dtype
   # shellcheck source=config_CPU_1x2x4.sh
-  source config_CPU_1x2x4.sh
-  export DATADIR="${PWD}/${WORK}/data/gov_report" MODEL="${PWD}/${WORK}/checkpoint" LOGDIR="${PWD}/$1" DATESTAMP="$2"
-  export CONT=none LAUNCHER=local HEALTH=warn PYTHON=python # the environment's, whatever made it
-  export DROP_CACHES_COMMAND=true                           # the data is small and made a moment ago: there is no cache to drop
+  source "$3"
+  DATADIR="$(absolute "${WORK}/data/gov_report")" MODEL="$(absolute "${WORK}/checkpoint_$4")" LOGDIR="$(absolute "$1")"
+  export DATADIR MODEL LOGDIR DATESTAMP="$2"
+  export CONT=none LAUNCHER=local HEALTH=warn NCCL_TEST=0
+  export PYTHON=python # the environment's, whatever made it
+  export DROP_CACHES_COMMAND=true # the data is small and made a moment ago: there is no cache to drop
+
   RULESET="$(PYTHONPATH=src python -c 'from llama2_lora.config import rules; print(*rules.RULESETS)')"
   [[ "${TARGET_LOSS:-${TARGET}}" == "${TARGET}" ]] || RULESET=''
   export RULESET
@@ -101,7 +138,7 @@ rounded() { # loss
 }
 
 main() {
-  local options stamp run log adapter status=0
+  local options stamp run log adapter config gpu=0 dtype=fp32 status=0
   if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then
     sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     return
@@ -109,15 +146,21 @@ main() {
   options="$(parse "$@")" # a process substitution would lose its status
   mapfile -t options < <(printf '%s' "${options}${options:+$'\n'}")
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
+  [[ " $* " != *" --gpu "* ]] || gpu=1 dtype=bf16
+  config="$(config_of "${gpu}")"
   lock "${WORK}"
   stamp="$(date +%y%m%d%H%M%S)"
   run="${WORK}/runs/${stamp}" log="${WORK}/runs/${stamp}/${stamp}_1.log"
-  step "Environment"
-  scripts/setup_env.sh
-  PATH="${PWD}/${VENV:-.venv}/bin:${PATH}"
+  if ((gpu == 0)); then # the image has its own
+    step "Environment"
+    scripts/setup_env.sh
+    PATH="${PWD}/${VENV:-.venv}/bin:${PATH}"
+  elif [[ "${PYTHON:-}" == */* ]]; then # the job's
+    PATH="$(dirname "${PYTHON}"):${PATH}"
+  fi
   export PATH PYTHONWARNINGS=ignore
-  prepare "${options[@]}"
-  train "${run}" "${stamp}" || status=$?
+  prepare "${dtype}" "${options[@]}"
+  train "${run}" "${stamp}" "${config}" "${dtype}" || status=$?
   step "Verdict"
   if [[ "${TARGET_LOSS:-${TARGET}}" == "${TARGET}" ]]; then
     python scripts/summarize.py "${run}" --html "${run}/summary.html" || status=1

@@ -3,7 +3,7 @@
 # MASTER_PORT -> exec python src/train.py (or the program given). Works under srun, torchrun (--no-python), mpirun, or alone (one
 # rank).
 #   srun -N 2 --ntasks-per-node=8 scripts/run_and_time.sh
-#   torchrun --nproc-per-node=8 --no-python scripts/run_and_time.sh
+#   scripts/torchrun.py --nproc-per-node=8 --no-python scripts/run_and_time.sh
 # DRY_RUN=1 prints instead of running. BIND=none leaves CPU affinity alone. PYTHON names another interpreter.
 set -euo pipefail
 
@@ -60,13 +60,23 @@ binding() {
   [[ -n "${cpus}" ]] && taskset -c "${cpus}" true 2>/dev/null && bind=(taskset -c "${cpus}") || return 0
 }
 
+# OBSERVE_NSYS: this rank below Nsight Systems, which records only between the marks that training/observe.py sets
+nsight() {
+  nsys=()
+  [[ -n "${OBSERVE_NSYS:-}" && ",${OBSERVE_RANKS:-0}," == *",${RANK},"* ]] || return 0
+  command -v nsys >/dev/null || die "OBSERVE_NSYS=${OBSERVE_NSYS}: nsys is not in this image; OBSERVE_PROFILE needs none"
+  nsys=(nsys profile "--trace=cuda,nvtx" --capture-range=cudaProfilerApi --capture-range-end=stop --force-overwrite=true
+    --output="${RESULTS_PATH:-/results}/nsys_${TRIAL_NAME:-run}_${RANK}")
+}
+
 main() {
-  local launcher bind command
+  local launcher bind nsys command
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
   map_launcher
   map_rendezvous
   binding
-  command=("${bind[@]}" "${PYTHON:-python}" -u "${@:-src/train.py}")
+  (($# > 0)) || nsight
+  command=("${bind[@]}" "${nsys[@]}" "${PYTHON:-python}" -u "${@:-src/train.py}")
   if [[ "${DRY_RUN:-0}" == 1 ]]; then
     local name
     for name in RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT; do

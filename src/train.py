@@ -66,7 +66,7 @@ def train(settings: Settings, shape, log: MLPerfLog) -> bool:
 
 def fit(settings: Settings, shape, log: MLPerfLog) -> bool:
     """The same, where PLATFORM's kernels are in place."""
-    from llama2_lora.training import recipe, run
+    from llama2_lora.training import observe, recipe, run
     from llama2_lora.training.callback import MLPerfCallback
     from llama2_lora.training.data import GovReport
     from llama2_lora.training.warmup import WarmUp
@@ -81,7 +81,8 @@ def fit(settings: Settings, shape, log: MLPerfLog) -> bool:
     model = recipe.build_model(settings, shape, lora, recipe.build_optimizer(settings), data.validation_rows)
     warm_up, watch = WarmUp(settings), run.watch(settings, store, log)
     callback = MLPerfCallback(settings, log, seed, warm_up)
-    after = [run.SaveAdapter(settings, shape, seed)] if settings.run.save_adapter else []
+    after = [*observe.callbacks(settings, seed)]  # its files are written after run_stop
+    after += [run.SaveAdapter(settings, shape, seed)] if settings.run.save_adapter else []
     trainer = recipe.build_trainer(settings, strategy, [lora, warm_up, callback, watch, *after])
     with watch, run.no_garbage_collection():
         trainer.fit(model, data)

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+MOST_LAYERS = 10_000  # no model has a tenth of it; a damaged file may say anything
+
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaShape:
@@ -34,6 +36,18 @@ class LlamaShape:
     tied: bool  # the output layer is the embedding
 
     def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "ffn", "heads", "kv_groups", "vocab", "max_positions"):
+            value = getattr(self, name)
+            least = 0 if name == "vocab" else 1  # 0: not known yet
+            most = MOST_LAYERS if name == "layers" else (1 << 31) - 1
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"{name} is {value!r:.60}: must be a whole number from {least} to {most}")
+        for name in ("norm_eps", "rope_base"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value!r:.60}: must be a positive number")
+        if type(self.tied) is not bool:
+            raise ValueError(f"tied is {self.tied!r:.60}: must be true or false")
         if self.heads % self.kv_groups or self.hidden % self.heads:
             raise ValueError(
                 f"hidden {self.hidden}, heads {self.heads}, key/value groups {self.kv_groups}: "

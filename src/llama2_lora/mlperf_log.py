@@ -142,8 +142,8 @@ def submission_values(settings: Settings) -> dict[str, Any]:
     """What the log says of the submission, in the order of the published logs."""
     s = settings.submission
     platform = s.platform or settings.system.name
-    if settings.system.platform == "cpu":
-        platform = "CPU rehearsal, not a submission"
+    if settings.rehearsal:
+        platform = f"{settings.system.platform.upper()} rehearsal, not a submission"
     return {
         constants.SUBMISSION_BENCHMARK: rules.NAME,
         constants.SUBMISSION_ORG: s.organization,

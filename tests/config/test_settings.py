@@ -73,6 +73,12 @@ def test_wrong_values_are_reported_together() -> None:
         ({"TARGET_LOSS": "0.93"}, "TARGET_LOSS=0.93: is fixed by the closed division"),
         ({"EVAL_EVERY_SEQUENCES": "96"}, "EVAL_EVERY_SEQUENCES=96: is fixed by the closed division"),
         ({"EVAL_SKIP": "0"}, "EVAL_SKIP=0: is fixed by the closed division; unset it or MLPERF_DIVISION=open"),
+        ({"OBSERVE_NSYS": "100"}, "OBSERVE_NSYS=100: must be FIRST-LAST, such as 100-104"),
+        ({"OBSERVE_PROFILE": "9-8"}, "OBSERVE_PROFILE=9-8: must be FIRST-LAST"),
+        ({"OBSERVE_PROFILE": "799-801"}, "OBSERVE_PROFILE=799-801: must end at MAX_STEPS=800 at the latest"),
+        ({"OBSERVE_RANKS": "0,8"}, "OBSERVE_RANKS=0,8: must be ranks below 8"),
+        ({"OBSERVE_RANKS": "all"}, "OBSERVE_RANKS=all: must be ranks below 8"),
+        ({"OBSERVE_NSYS": "1-2", "OBSERVE_PROFILE": "1-2"}, "OBSERVE_PROFILE=1-2: contradicts OBSERVE_NSYS"),
     ],
 )
 def test_contradiction(changes: dict[str, str], starts: str) -> None:

@@ -176,7 +176,7 @@ class Evil:
 
 def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
     np.save(tmp_path / "train.npy", np.array([{"input_ids": Evil(), "loss_mask": [1]}], dtype=object))
-    with pytest.raises(ValueError, match=r"asks for .*, which no data set needs: it was not loaded"):
+    with pytest.raises(ValueError, match=r"asks for .*, which no such file needs: it was not loaded"):
         list(sources.read_pickle(tmp_path / "train.npy", SMALL))
 
 

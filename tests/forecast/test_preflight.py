@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import rich  # noqa: F401  preflight.py prints with it: without it there is nothing to test here
 
 from helpers import ROOT
 from helpers.training_runs import Tiny, clean_environment
@@ -138,7 +141,7 @@ def test_all_illegal_settings_are_named_together(changed: Callable[..., Path]) -
         ({"ACCELERATOR": "", "DGXSYSTEM": "XE9680_1x8x4"}, "the GPU is not known"),
         ({"DGXNNODES": "72", "DGXSYSTEM": "DGXH100_72x8x4"}, "GBS 576"),
         ({"ACCELERATOR": "B200", "TP": "1", "SP": "0", "TP_COMM_OVERLAP": "0", "FP8_ACT": "0"}, "FP8_ACT=1"),
-        ({"FP8_ACT": "0"}, "tight"),
+        ({"VAL_MBS": "25", "TP_COMM_OVERLAP": "0"}, "tight"),
         ({"FP8_PARAM": "1"}, "FP8_PARAM: nothing reads it; is FP8_PARAMS meant?"),
         ({"LRATE": "1e-3"}, "LRATE: nothing reads it"),
         ({"LORA_TARGETS": "all"}, "LORA_TARGETS: nothing reads it"),
@@ -174,6 +177,7 @@ def test_only_configs_are_sourced(tmp_path: Path) -> None:
 
 
 def test_an_unknown_picture_format_is_wrong_usage(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     done = preflight(H100, "--plot", tmp_path / "x.foo")
     assert done.returncode == 2
     assert "x.foo" in done.stderr
@@ -200,6 +204,7 @@ def test_cpu_rehearsal_has_no_memory_and_no_rules() -> None:
 
 
 def test_wrong_usage(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     broken = tmp_path / "config_BROKEN.sh"
     broken.write_text("source /nowhere/config_common.sh || exit 1\n")
     unwritable = preflight(H100, "--plot", tmp_path / "no folder" / "plot.png")
@@ -216,6 +221,7 @@ def test_nothing_set_is_a_no_go() -> None:
 
 
 def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     assert preflight(H100, "--plot", tmp_path / "plot.svg").returncode == 0
     text = (tmp_path / "plot.svg").read_text()
     assert text.lstrip().startswith("<?xml")
@@ -293,3 +299,41 @@ def test_inside_counts_the_gpus(tmp_path: Path, tiny: Tiny) -> None:
     assert "GPU 0 has 40 GiB" in text
     assert "train.npy has 40 rows: the rules fix 3901" in text
     assert "Llama-2-70B is expected" in text
+
+
+@pytest.mark.parametrize(("check", "status"), [("fail", 1), ("warn", 0)])
+def test_memory_that_this_software_cannot_hold(changed: Callable[..., Path], check: str, status: int) -> None:
+    """A no-go with an override that the message names."""
+    half = {"TP": "2", "MINIBS": "2", "DGXSYSTEM": "DGXH100_1x8x2", "MEMORY_CHECK": check}
+    done = preflight(changed(**half))
+    assert re.search(r"does not fit: .*MEMORY_CHECK=warn", done.stdout)
+    assert done.returncode == status
+
+
+def test_a_published_layout_is_never_refused() -> None:
+    """8xB200, FP4, MINIBS 1: submissions did, this software keeps bf16 weights beside FP4's."""
+    done = preflight(ROOT / "config_DGXB200_FP4_1x8x1.sh")
+    assert "submissions ran TP1 CP1 in FP4 on B200" in done.stdout
+    assert done.returncode == 0
+
+
+def test_published_layouts_are_those_of_the_table() -> None:
+    from llama2_lora.forecast.plan import PUBLISHED_LAYOUTS
+
+    with (ROOT / "benchmarks/published_results.csv").open(newline="") as file:
+        found = {(row["accelerator"], row["precision"], int(row["tp"]), int(row["cp"])) for row in csv.DictReader(file)}
+    stated = {(part, kind, *layout) for (part, kind), layouts in PUBLISHED_LAYOUTS.items() for layout in layouts}
+    assert found <= stated
+    assert stated - found == {("B300", "fp4", 1, 1)}  # v6.0
+
+
+def test_cost_of_a_config() -> None:
+    """GPU-hours always; money and energy where a price and a power are given."""
+    done = preflight(H100, "--json", "--gpu-hour-price", "2", "--gpu-watts", "700")
+    found = json.loads(done.stdout)
+    gpus = found["layout"][0]["size"] * found["layout"][1]["size"] * found["layout"][2]["size"]
+    run = found["cost"]["run"]
+    assert run["gpu_hours"] == pytest.approx((found["forecast"]["run_minutes"]["middle"] + 3) * gpus / 60)
+    assert run["money"] == pytest.approx(2 * run["gpu_hours"])
+    assert run["energy_kwh"] == pytest.approx(0.7 * run["gpu_hours"])
+    assert "GPU-hours" in preflight(H100).stdout

@@ -26,6 +26,7 @@ class HubServer(ThreadingHTTPServer):
 
     dropped, truncated, wrong: {path: how many times}: the connection is cut in the middle; the answer ends early but
     in order; a byte differs. status: {path, or "" for the listing: HTTP status and the hub's error code}.
+    busy: {path or "": how many times 429 is answered first}. circle: paths that redirect to themselves.
     pause_at: {path: bytes after which nothing more comes until `go_on` is set}. listed_bytes: {path: size in the listing}.
     """
 
@@ -37,6 +38,9 @@ class HubServer(ThreadingHTTPServer):
         self.dropped: Counter[str] = Counter()
         self.truncated: Counter[str] = Counter()
         self.wrong: Counter[str] = Counter()
+        self.busy: Counter[str] = Counter()
+        self.circle: set[str] = set()
+        self.requests: Counter[str] = Counter()  # of each path, "" for the listing
         self.status: dict[str, tuple[int, str]] = {}
         self.pause_at: dict[str, int] = {}
         self.listed_bytes: dict[str, int] = {}
@@ -105,7 +109,13 @@ class Handler(BaseHTTPRequestHandler):
     def refused(self, path: str) -> bool:
         hub = self.server
         token = self.headers.get("Authorization", "")
-        if path in hub.status:
+        hub.requests[path] += 1
+        if hub.busy[path] > 0:
+            hub.busy[path] -= 1
+            self.reply(429, b"", {"Retry-After": "1"})
+        elif path in hub.circle:
+            self.reply(302, b"", {"Location": self.path})
+        elif path in hub.status:
             self.error(*hub.status[path])
         elif hub.gated and not token:
             self.error(401, "GatedRepo")

@@ -109,6 +109,34 @@ def test_a_hub_that_is_down(server: HubServer, tmp_path: Path) -> None:
     assert "the hub answered 503 for model someone/llama-nemo: run the command again" in refusal(fetch(server, tmp_path))
 
 
+def test_a_busy_hub_is_asked_again(server: HubServer, tmp_path: Path) -> None:
+    server.busy.update({"": 2, LARGE: 2})
+    assert fetch(server, tmp_path).returncode == 0
+    assert_complete(tmp_path / "model")
+
+
+@pytest.mark.parametrize("path", ["", LARGE])
+def test_a_permanent_error_is_not_tried_again(server: HubServer, tmp_path: Path, path: str) -> None:
+    server.status[path] = (404, "")
+    started = time.monotonic()
+    assert "the hub answered 404 for model someone/llama-nemo" in refusal(fetch(server, tmp_path))
+    assert time.monotonic() - started < 20  # of which most is Python's start
+    assert server.requests[path] <= 2
+
+
+@pytest.mark.parametrize("path", ["", LARGE])
+def test_a_circle_of_redirects_ends_after_ten_hops(server: HubServer, tmp_path: Path, path: str) -> None:
+    server.circle.add(path)
+    assert "its address leads in a circle of redirects" in refusal(fetch(server, tmp_path))
+    assert 10 <= server.requests[path] <= 12
+
+
+def test_without_network_and_token_both_are_named(server: HubServer, tmp_path: Path) -> None:
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    assert refusal(fetch(server, tmp_path, **nowhere)).endswith("HF_TOKEN is not set, which gated repositories ask for")
+    assert refusal(fetch(server, tmp_path, **nowhere, HF_TOKEN=TOKEN)).endswith("; a token is set")
+
+
 def test_a_name_that_is_none(server: HubServer, tmp_path: Path) -> None:
     result = server.run("download_model.py", "--model_dir", tmp_path, "--repository", "a/b/c", home=tmp_path)
     assert "a/b/c is no repository name: it must read owner/name" in refusal(result)

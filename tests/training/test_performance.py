@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from helpers import ROOT
 from helpers.many_runs import Done, run_many
 from helpers.training_runs import Tiny
 from llama2_lora.config.settings import GROUPS
@@ -31,7 +32,8 @@ SHORT = {"MAX_STEPS": str(STEPS), "EVAL_EVERY_SEQUENCES": "40", "LORA_DROPOUT": 
 
 @pytest.fixture(scope="module")
 def one_rank(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
-    return run_many(tiny, tmp_path_factory.mktemp("one"), {"plain": {}} | ONE_RANK, 1, **SHORT)
+    runs = {"plain": {}, "golden": {"LORA_DROPOUT": ""}} | ONE_RANK
+    return run_many(tiny, tmp_path_factory.mktemp("one"), runs, 1, **SHORT)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,19 @@ def test_the_plain_run_learns(one_rank: dict[str, Done]) -> None:
     assert losses["eval_accuracy"][-1] < losses["eval_accuracy"][0] - 0.1
     assert len(gradients) == 2 * 2 * 2  # layers, targets, A and B
     assert all(len(steps) == STEPS and np.abs(steps[-1]).max() > 1e-4 for steps in gradients.values())
+
+
+def test_the_golden_losses_are_reproduced(one_rank: dict[str, Done]) -> None:
+    """tests/golden/losses_cpu.txt: a change reproduces it, or is committed with a new one and the reason.
+
+    The run has what users get: dropout, seed 1. A new file is what the assertion shows.
+    """
+    losses = one_rank["golden"].losses()
+    curve = "".join(f"{key} {loss:.6f}\n" for key, values in losses.items() for loss in values)
+    golden = (ROOT / "tests/golden/losses_cpu.txt").read_text()
+    assert [line.split()[0] for line in curve.splitlines()] == [line.split()[0] for line in golden.splitlines()], curve
+    for line, expected in zip(curve.splitlines(), golden.splitlines(), strict=True):
+        assert float(line.split()[1]) == pytest.approx(float(expected.split()[1]), abs=1e-4), curve
 
 
 @pytest.mark.parametrize("option", ONE_RANK)

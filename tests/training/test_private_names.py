@@ -6,6 +6,7 @@ A mark is a comment `# PRIVATE: PACKAGE VERSION NAME`, NAME with its module: the
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from importlib.metadata import version
 
@@ -26,9 +27,18 @@ def resolve(name: str) -> object:
         except ModuleNotFoundError:
             continue
         for attribute in parts[length:]:
-            found = getattr(found, attribute)
+            found = getattr(found, attribute) if hasattr(found, attribute) else instance_attribute(found, attribute)
         return found
     raise ModuleNotFoundError(name)
+
+
+def instance_attribute(kind: object, attribute: str) -> str:
+    """The attribute's name, where a method of the class or of its bases mentions it."""
+    package = getattr(kind, "__module__", "").split(".")[0]
+    sources = [inspect.getsource(base) for base in getattr(kind, "__mro__", ()) if base.__module__.split(".")[0] == package]
+    if not any(re.search(rf"\.{attribute}\b", source) for source in sources):
+        raise AttributeError(f"{kind} has no {attribute}")
+    return attribute
 
 
 def test_the_marks_are_found() -> None:

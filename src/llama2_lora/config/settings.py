@@ -15,7 +15,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, get_type_hints
 
 from llama2_lora.config import conflicts, rules, schedule
-from llama2_lora.config.values import parse_group
+from llama2_lora.config.values import parse_group, window
 from llama2_lora.gpus import ACCELERATORS
 
 INT32 = 2**31 - 1
@@ -50,11 +50,13 @@ def _setting(
 class System:
     """The machine and the job."""
     platform: str = _setting("PLATFORM", "gpu", "Where the model runs; `cpu` is for rehearsals", choices=("gpu", "cpu"))
+    small: bool = _setting("REHEARSAL", False, "A small model on generated data, to which no rule applies; on a CPU every run is one")
     name: str = _setting("DGXSYSTEM", doc="System and shape, as in the config's file name: `NAME_NODESxGPUSxMINIBS`")
     nodes: int = _setting("DGXNNODES", doc="Nodes of the job", low=1, high=4096)
     gpus_per_node: int = _setting("DGXNGPU", doc="GPUs (ranks) per node", low=1, high=72)
     accelerator: str = _setting("ACCELERATOR", "", "GPU model that memory and time are forecast for", choices=("", *ACCELERATORS, "CPU"))
     walltime: str = _setting("WALLTIME", "60", "Time limit of the whole job, for `sbatch -t`", unit="Slurm time")
+    memory_check: str = _setting("MEMORY_CHECK", "fail", "What preflight makes of a config whose account of memory does not fit", choices=("fail", "warn"))
     trials: int = _setting("NEXP", rules.RUNS_PER_RESULT, "Training runs in one job", low=1, high=1000)
     world_size: int | None = _setting("WORLD_SIZE", None, "Ranks, from the launcher", low=1)
     rank: int = _setting("RANK", 0, "This process's rank, from the launcher", low=0, beside="WORLD_SIZE")
@@ -77,6 +79,7 @@ class Parallel:
     tp: int = _setting("TP", 1, "Tensor parallel size", low=1)
     pp: int = _setting("PP", 1, "Pipeline parallel size", low=1)
     cp: int = _setting("CP", 1, "Context parallel size", low=1)
+    cp_exchange: str = _setting("CP_COMM", "p2p", "How context-parallel ranks share attention: keys and values around a ring, or heads for tokens all to all", choices=("p2p", "a2a"))
     sequence_parallel: bool = _setting("SP", False, "Sequence parallelism over the TP group")
 
     @property
@@ -159,7 +162,35 @@ class Run:
     checkpoint_path: str = _setting("CKPT_PATH", "/ckpt", "Folder of the NeMo checkpoint: context/ and weights/")
     results_path: str = _setting("RESULTS_PATH", "/results", "Folder that the run writes to")
     save_adapter: bool = _setting("SAVE_ADAPTER", False, "Write the adapter to RESULTS_PATH/adapter_SEED after run_stop")
+    trial: str = _setting("TRIAL_NAME", "", "Name of this run's log without its ending, from run.sub")
     seed: int | None = _setting("SEED", None, "Seed; default: from /dev/urandom, the same on every rank", low=0, high=INT32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observe:
+    """What to watch of a run, off unless set. It writes to RESULTS_PATH/observe_SEED, power to RESULTS_PATH/power."""
+    nsys_steps: str = _setting("OBSERVE_NSYS", "", "Steps that Nsight Systems records, on OBSERVE_RANKS", unit="first-last")
+    profile_steps: str = _setting("OBSERVE_PROFILE", "", "Steps that PyTorch's profiler records, on OBSERVE_RANKS", unit="first-last")
+    memory_step: int | None = _setting("OBSERVE_MEMORY", None, "Step at which the allocator's history is kept, on OBSERVE_RANKS", low=1)
+    ranks: str = _setting("OBSERVE_RANKS", "0", "Ranks that the three above watch", unit="rank,rank,...")
+    step_times: bool = _setting("OBSERVE_STEP_TIMES", False, "Every rank's own time of every step; the slowest rank is named")
+    power_seconds: float = _setting("OBSERVE_POWER", 0.0, "Seconds between readings of the GPUs' power and clocks; 0: none", low=0, high=60)
+
+    @property
+    def nsys_window(self) -> range:
+        return window(self.nsys_steps)
+
+    @property
+    def profile_window(self) -> range:
+        return window(self.profile_steps)
+
+    @property
+    def rank_list(self) -> list[int]:
+        return [int(rank) for rank in self.ranks.split(",")]
+
+    @property
+    def anything(self) -> bool:
+        return bool(self.nsys_steps or self.profile_steps or self.memory_step or self.step_times or self.power_seconds)
 # fmt: on
 
 
@@ -176,6 +207,7 @@ class Settings:
     precision: Precision
     performance: Performance
     run: Run
+    observe: Observe
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -193,6 +225,11 @@ class Settings:
         """The resolved value of an environment variable's field."""
         group, f = FIELDS[variable]
         return getattr(getattr(self, group), f.name)
+
+    @property
+    def rehearsal(self) -> bool:
+        """Whether the run proves nothing to MLPerf: a small model, on whatever hardware."""
+        return self.system.small or self.system.platform == "cpu"
 
     @property
     def data_parallel_size(self) -> int:

@@ -50,6 +50,16 @@ def _text(text: str) -> str:
 PARSERS: dict[str, Callable[[str], Any]] = {"bool": _boolean, "int": _integer, "float": _number, "str": _text}
 
 
+def window(text: str) -> range:
+    """Steps FIRST-LAST, both inclusive; empty for an empty text. ValueError for any other."""
+    if not text:
+        return range(0)
+    match = re.fullmatch(r"(\d{1,7})-(\d{1,7})", text, re.ASCII)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError("must be FIRST-LAST, such as 100-104")
+    return range(int(match[1]), int(match[2]) + 1)
+
+
 def walltime_minutes(text: str) -> float:
     """Minutes in one of Slurm's time formats: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S (sbatch(1), --time)."""
     match = re.fullmatch(r"(?:(\d{1,4})-)?(\d{1,6})(?::(\d{1,4}))?(?::(\d{1,4}))?", text.strip(), re.ASCII)

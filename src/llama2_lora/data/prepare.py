@@ -16,6 +16,7 @@ from llama2_lora import files
 from llama2_lora.config import rules
 from llama2_lora.data import packed, sources
 from llama2_lora.hub import client
+from llama2_lora.hub.failures import Repository
 from llama2_lora.llama2 import LLAMA2_70B
 
 STAGING = ".download"
@@ -44,7 +45,7 @@ def check(data_dir: Path) -> None:
 
 def fetch(data_dir: Path) -> None:
     """Download and convert, unless the folder is complete."""
-    repository = client.Repository(rules.DATASET_REPOSITORY, rules.DATASET_REVISION, "dataset")
+    repository = Repository(rules.DATASET_REPOSITORY, rules.DATASET_REVISION, "dataset")
     manifest = packed.read_manifest(data_dir)
     if manifest and (manifest["source"], manifest["revision"]) == repository[:2]:
         try:

@@ -8,7 +8,7 @@ its backward; the working set and the libraries are estimates. Sources, by the l
 [T] Transformer Engine 2.9: module/linear.py, tensor/storage/float8_tensor_storage.py (`update_usage` makes the transpose of
     an FP8 weight in the first forward and keeps it, where GEMMs take one layout only: Hopper).
 [M] Megatron Core 0.15: distrib_optimizer.py, fused_bias_swiglu.py, cross_entropy.py, transformer_block.py.
-[N] NeMo 2.7 ParallelLinearAdapter: dropout first; under sequence parallelism A reads the gathered sequence.
+[A] training/low_rank.py: the adapter reads what its frozen layer keeps anyway, and keeps [s, r]; dropout masks are drawn again.
 [E] An estimate.
 
 s tokens of a sequence on this rank (S / CP), t = TP, h hidden, f FFN width, L layers on this stage, b = MBS.
@@ -49,7 +49,6 @@ class Software:
 
     keeps_transposes: bool = True
     fp8_swiglu_input: bool = False  # whatever FP8_ACT says
-    keeps_dropout_masks: bool = True  # submissions recompute them
     keeps_bf16_beside_fp4: bool = True
     fp8_attention_beside_fp4: bool = False
 
@@ -57,7 +56,6 @@ class Software:
 PUBLISHED = Software(
     keeps_transposes=False,
     fp8_swiglu_input=True,
-    keeps_dropout_masks=False,
     keeps_bf16_beside_fp4=False,
     fp8_attention_beside_fp4=True,
 )
@@ -109,6 +107,7 @@ def items(settings: Settings, shape: LlamaShape, accelerator: Accelerator, softw
         *_adapter(settings, shape),
         *step,
         _evaluation(settings, shape, sum(item.bytes for item in step)),
+        _restore(settings, shape, sum(item.bytes for item in step)),
     ]
     slack = ALLOCATOR_SLACK * sum(item.bytes for item in found)
     found += [Item("allocator slack", slack, "E"), *_libraries(settings, shape)]
@@ -142,12 +141,14 @@ def _weights(settings: Settings, shape: LlamaShape, accelerator: Accelerator, so
 
 
 def _adapter(settings: Settings, shape: LlamaShape) -> list[Item]:
+    """Tensor parallelism shards B of linear_qkv and A of linear_proj; the other two are whole on every rank."""
     layout = settings.parallel
-    parameters = shape.lora_parameters(settings.optimization.lora_rank) / (layout.tp * layout.pp)
+    rank_layers = settings.optimization.lora_rank * shape.layers / layout.pp
+    parameters = rank_layers * (2 * shape.hidden + (shape.qkv_rows + shape.hidden) / layout.tp)
     shards = settings.data_parallel_size * layout.cp  # the distributed optimizer shards over both
     return [
-        Item("adapter (bf16)", BF16 * parameters, "M"),
-        Item("adapter gradients (bf16)", BF16 * parameters, "M"),
+        Item("adapter (bf16)", BF16 * parameters, "A"),
+        Item("adapter gradients (bf16)", BF16 * parameters, "A"),
         Item("AdamW: fp32 copy and two moments, sharded", 3 * FP32 * parameters / shards, "M"),
     ]
 
@@ -161,16 +162,16 @@ def layer_activations(settings: Settings, shape: LlamaShape, software: Software)
     residual = tokens * shape.hidden / sharded
     attention = FP8 if p.fp8_attention or (p.fp4 and software.fp8_attention_beside_fp4) else BF16
     qkv, out = tokens * shape.qkv_rows / t, tokens * shape.hidden / t
-    # The overlap leaves the gathering to the adapter, after its dropout (get_adapter_attributes_from_linear).
-    masked = residual if settings.performance.tp_comm_overlap else tokens * shape.hidden
-    masks = (masked + out) if settings.optimization.lora_dropout and software.keeps_dropout_masks else 0.0
+    # linear_qkv's [s, r] before and after the gather, linear_proj's after the scatter; an fp32 number a token for the norm.
+    low_rank = BF16 * settings.optimization.lora_rank * tokens * (1 + 2 / sharded) + FP32 * tokens / sharded
+    # linear_proj's input is the attention's output, which bf16 attention keeps too, FP8 attention in FP8 only.
+    own_input = BF16 * out if attention == FP8 or settings.performance.recompute == "selective" else 0.0
     swiglu = FP8 if software.fp8_swiglu_input or settings.precision.fp8_swiglu else BF16
     return [
         Item("inputs of both norms", 2 * BF16 * residual, "K"),
         Item("query, key, value", attention * qkv, "K"),
         Item("attention output", attention * out + FP32 * tokens * shape.heads / t, "K"),
-        Item("adapter inputs (qkv, proj)", BF16 * (tokens * shape.hidden + out), "N"),
-        Item("adapter dropout masks", masks, "N"),
+        Item("adapter", low_rank + own_input, "A"),
         Item("SwiGLU input", swiglu * 2 * tokens * shape.ffn / t, "M"),
     ]
 
@@ -190,13 +191,13 @@ def _activations(settings: Settings, shape: LlamaShape, software: Software) -> l
         ]
     if performance.recompute == "selective":  # the core attention only: its output goes, q, k and v stay
         one_layer = [item for item in one_layer if item.name != "attention output"]
-    # Offloaded layers leave the masks; two layers' worth is on its way to or from the host.
+    # Two offloaded layers' worth is on its way to or from the host.
     offloaded = min(performance.offload_layers, layers)
     kept = layers - max(0.0, offloaded - 2) if offloaded else layers
     return [
         Item(
             f"activations: {item.name}",
-            item.bytes * in_flight * (layers if "masks" in item.name else kept),
+            item.bytes * in_flight * kept,
             item.source,
         )
         for item in one_layer
@@ -223,6 +224,18 @@ def _evaluation(settings: Settings, shape: LlamaShape, step_bytes: float) -> Ite
     micro = settings.batch.validation_micro
     needed = _logits(settings, shape, micro).bytes + _working_set(settings, shape, micro).bytes
     return Item(f"evaluation with VAL_MBS={micro}, beyond a step", max(0.0, needed - step_bytes), "E")
+
+
+def restore_bytes(settings: Settings, shape: LlamaShape) -> float:
+    """What restoring needs above the weights: one layer in bf16, as it is loaded, and where the weights are FP8 once more,
+    as Megatron's copy of them (training/restore.py)."""
+    copies = 2 if settings.precision.fp8_weights else 1
+    return copies * BF16 * linear_parameters(shape) / shape.layers / settings.parallel.tp
+
+
+def _restore(settings: Settings, shape: LlamaShape, step_bytes: float) -> Item:
+    """The same, beyond a training step, which comes when it is over."""
+    return Item("restoring the weights, beyond a step", max(0.0, restore_bytes(settings, shape) - step_bytes), "M")
 
 
 def _libraries(settings: Settings, shape: LlamaShape) -> list[Item]:

@@ -16,16 +16,35 @@ from llama2_lora.config.settings import FIELDS, Settings
 from llama2_lora.config.shapes import shape_conflicts
 from llama2_lora.config.values import walltime_minutes
 from llama2_lora.findings import Finding, at_least, exit_status
-from llama2_lora.forecast import convergence
+from llama2_lora.forecast import convergence, measured
 from llama2_lora.forecast.convergence import Convergence
 from llama2_lora.forecast.generations import of_this_stack
 from llama2_lora.forecast.memory import GB, Memory, memory_per_gpu, what_would_fit
-from llama2_lora.forecast.timing import Interval, Work, forecast
+from llama2_lora.forecast.timing import Interval, Work, forecast, forecast_of_rank
 from llama2_lora.gpus import Accelerator, accelerator_of
 from llama2_lora.llama2 import LLAMA2_70B
 
 # Published v4.1 and v5.0 entries: 0.5 to 6.8 minutes, median 1.5 (benchmarks/published_results.csv).
 INIT_MINUTES = 3.0
+# (TP, CP) of published entries, by part and precision, PP 1 and MBS 1 (benchmarks/published_results.csv; B300 in FP4: v6.0)
+PUBLISHED_LAYOUTS = {
+    ("H100", "fp8"): {(4, 1), (4, 2)},
+    ("H200", "fp8"): {(1, 2), (2, 1), (4, 1), (4, 2)},
+    ("H200-NVL", "fp8"): {(1, 2)},
+    ("GH200", "fp8"): {(4, 1)},
+    ("B200", "fp8"): {(1, 1), (1, 2), (1, 4), (1, 8)},
+    ("B200", "fp4"): {(1, 1), (1, 2)},
+    ("GB200", "fp8"): {(1, 1), (1, 2), (1, 4), (1, 8)},
+    ("GB200", "fp4"): {(1, 2)},
+    ("B300", "fp8"): {(1, 1)},
+    ("B300", "fp4"): {(1, 1)},
+    ("GB300", "fp8"): {(1, 8)},
+    ("GB300", "fp4"): {(1, 1)},
+    ("MI300X", "fp8"): {(1, 1), (2, 1), (4, 1)},
+    ("MI325X", "fp8"): {(1, 1), (2, 1)},
+    ("MI355X", "fp8"): {(1, 1)},
+    ("MI355X", "fp4"): {(1, 1)},
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +104,7 @@ class Times:
     generation: str  # of the software; empty where the part's published steps did not change with it
     generation_reason: str
     gpus: int
+    measured: str = ""  # the GPU on which one rank was measured; empty: a forecast from the fit alone
     fp4_step_seconds: Interval | None = None  # the two phases of a run in FP4
     healed_step_seconds: Interval | None = None
 
@@ -102,6 +122,7 @@ class Plan:
 
     config: str
     platform: str
+    rehearsal: bool
     accelerator: str | None
     layout: tuple[RankGroup, ...]
     batch: BatchPlan
@@ -123,22 +144,28 @@ class Plan:
         return asdict(self) | {"memory": self.memory and self.memory.as_dict(), "go": self.go}
 
 
-def plan(settings: Settings) -> Plan:
-    """Everything of one config."""
+def plan(settings: Settings, rank: measured.Measured | None = None) -> Plan:
+    """Everything of one config; `rank` is what scripts/measure.py saw of one of its ranks."""
     system, rehearsal = settings.system, _rehearsal(settings)
     part = None if rehearsal else accelerator_of(system.accelerator, system.name)
     reference = None if rehearsal else convergence.expected(settings.global_batch_size)
     memory = None if part is None else memory_per_gpu(settings, LLAMA2_70B, part)
+    about_rank = () if rank is None else tuple(measured.check(rank, settings, part.name if part else ""))
+    if exit_status(about_rank):
+        rank = None  # another rank's figures
+    if rank is not None and memory is not None:
+        memory = measured.memory_of(rank, memory)
     steps = _steps_needed(settings, reference)
     times = (
         None
         if part is None or steps is None or reference is None
-        else _times(settings, part, steps, reference.deviation / reference.mean)
+        else _times(settings, part, steps, reference.deviation / reference.mean, rank)
     )
     kept = () if rehearsal else tuple(rule_checks(settings))
     return Plan(
         config=system.name,
         platform=system.platform,
+        rehearsal=rehearsal,
         accelerator=part.name if part else None,
         layout=tuple(layout(settings)),
         batch=_batch(settings),
@@ -151,6 +178,7 @@ def plan(settings: Settings) -> Plan:
         memory=memory,
         findings=(
             *at_least(kept, "warning"),
+            *about_rank,
             *_shape_findings(settings),
             *_convergence_findings(settings, reference),
             *_memory_findings(settings, part, memory),
@@ -207,7 +235,7 @@ def _steps_needed(settings: Settings, reference: Convergence | None) -> float | 
 
 
 def _rehearsal(settings: Settings) -> bool:
-    return settings.system.platform == "cpu"
+    return settings.rehearsal
 
 
 # ---- Rules -----------------------------------------------------------------------------------------------------------
@@ -277,20 +305,31 @@ def _memory_findings(settings: Settings, part: Accelerator | None, found: Memory
     if found.verdict in ("over", "no"):
         fix = what_would_fit(settings, LLAMA2_70B, part) or "more TP, CP or PP"
         need += f"; {fix} would make room"
-    if found.verdict == "over":
-        least = f"submissions did with {found.least / GB:.0f}, by other software (memory.py: PUBLISHED)"
-        yield Finding("warning", "memory", f"will likely run out of memory: {need}; {least}")
-    if found.verdict == "no":
-        yield Finding("error", "memory", f"does not fit: {need}")
+    if found.verdict in ("over", "no"):
+        yield _memory_refusal(settings, part, found, need)
 
 
-def _times(settings: Settings, part: Accelerator, steps: float, spread: float) -> Times:
+def _memory_refusal(settings: Settings, part: Accelerator, found: Memory, need: str) -> Finding:
+    """This software cannot hold the config: an error, unless submissions ran the layout, or the user will try."""
+    p, precision = settings.parallel, settings.precision
+    kind = "fp4" if precision.fp4 else "fp8" if precision.fp8 else "bf16"
+    if found.verdict == "over" and p.pp == 1 and (p.tp, p.cp) in PUBLISHED_LAYOUTS.get((part.name, kind), ()):
+        ran = f"submissions ran TP{p.tp} CP{p.cp} in {kind.upper()} on {part.name}"
+        least = f"{ran}, with {found.least / GB:.0f} GB by other software"
+        return Finding("warning", "memory", f"will likely run out of memory: {need}; {least}")
+    if settings.system.memory_check == "warn":
+        return Finding("warning", "memory", f"does not fit: {need}; MEMORY_CHECK=warn: go in spite of it")
+    return Finding("error", "memory", f"does not fit: {need}; MEMORY_CHECK=warn goes on in spite of this account")
+
+
+def _times(settings: Settings, part: Accelerator, steps: float, spread: float, rank: measured.Measured | None = None) -> Times:
     """spread: of the reference's runs around their mean, as a share of it."""
     gbs, trials = settings.global_batch_size, settings.system.trials
     generation = of_this_stack(part)
     work = Work.from_settings(settings, part, generation.name)
     evaluations = (steps - settings.eval_steps.start) / settings.eval_every_steps + 1
-    found = forecast(work, steps * gbs, evaluations, spread)
+    run_of = (work, steps * gbs, evaluations, spread)
+    found = forecast(*run_of) if rank is None else forecast_of_rank(*run_of, rank)
     run = found["run_minutes"]
     return Times(
         **found,
@@ -299,6 +338,7 @@ def _times(settings: Settings, part: Accelerator, steps: float, spread: float) -
         evaluations=evaluations,
         walltime_minutes=walltime_minutes(settings.system.walltime),
         like_published=work.seen,
+        measured=rank.gpu if rank else "",
         not_covered=work.not_covered,
         generation=generation.name if work.kind.endswith(generation.name) else "",
         generation_reason=generation.reason,

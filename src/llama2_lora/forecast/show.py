@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,27 +13,34 @@ from rich.table import Table
 from llama2_lora.config import schedule
 from llama2_lora.findings import PIPE_WIDTH, Finding
 from llama2_lora.forecast.cost import Rates, cost
+from llama2_lora.forecast.measured import Measured, beside
 from llama2_lora.forecast.memory import GB, Memory
 from llama2_lora.forecast.plan import Plan, Times
 from llama2_lora.forecast.timing import HEAL_SEQUENCES, Interval
 
 Rows = list[tuple[str, str]]
+KERNELS, KERNEL_NAME = 12, 90  # of a measurement: how many are shown, and how much of a name
 STATES = {"ok": "ok ", "unknown": "?  "}  # of a check; else NOT
 
 
 def show_plan(plan: Plan, inside: list[Finding] | None, rates: Rates) -> None:
     """All tables; `inside` is what this node's own checks found."""
+    for title, rows in _sections(plan, inside, rates):
+        _print(title, rows)
+
+
+def _print(title: str, rows: Rows) -> None:
     console = Console(soft_wrap=False)
     if not console.is_terminal:
         console = Console(width=PIPE_WIDTH)
-    for title, rows in _sections(plan, inside, rates):
-        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
-        table.add_column(no_wrap=True, min_width=26)
-        table.add_column()
-        for name, text in rows:
-            table.add_row(escape(name), escape(text))
-        console.print(table)
-        console.print()
+    console.print(escape(title), style="bold")  # a table's own title folds at the table's width
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True, min_width=26)
+    table.add_column()
+    for name, text in rows:
+        table.add_row(escape(name), escape(text))
+    console.print(table)
+    console.print()
 
 
 def _sections(plan: Plan, inside: list[Finding] | None, rates: Rates) -> Iterator[tuple[str, Rows]]:
@@ -40,8 +48,9 @@ def _sections(plan: Plan, inside: list[Finding] | None, rates: Rates) -> Iterato
     yield "Schedule", _schedule_rows(plan)
     if plan.rules:
         yield "Rules", [_check_row(rule) for rule in plan.rules]
-    if plan.platform == "cpu":
-        yield "Memory and time", [("CPU rehearsal", "no GPU: neither is forecast, and no rule applies")]
+    if plan.rehearsal:
+        text = "a small model: neither is forecast, and no rule applies"
+        yield "Memory and time", [(f"{plan.platform.upper()} rehearsal", text)]
     if plan.forecast:
         yield f"Time on {plan.accelerator}: a forecast", _time_rows(plan.forecast, rates)
     if plan.memory:
@@ -98,7 +107,9 @@ def _time_rows(times: Times, rates: Rates) -> Rows:
     rows.append(("cost of the job", f"{cost(job.middle, rates)} ({job.low:.3g} to {job.high:.3g} GPU-hours)"))
     if times.generation:
         rows.append(("software", f"of {times.generation}: {times.generation_reason}"))
-    if times.not_covered:
+    if times.measured:
+        rows.append(("", f"one rank measured on {times.measured}; communication and stragglers from the fit"))
+    elif times.not_covered:
         rows.append(("not covered", f"{times.not_covered}: the interval is a guess"))
     return rows
 
@@ -107,6 +118,49 @@ def _memory_rows(memory: Memory) -> Rows:
     rows = [(item.name, f"{item.bytes / GB:7.2f}  [{item.source}]") for item in memory.items]
     rows.append(("total", f"{memory.total / GB:7.2f}  of {memory.capacity / GB:.1f}: {memory.verdict}"))
     return rows
+
+
+def show_measured(measured: Measured, account: Memory | None, rates: Rows) -> None:
+    """What scripts/measure.py saw. `rates`: rows that need more than the file."""
+    _print(f"{measured.config}: one rank, on {measured.gpu}", _measured_rows(measured) + rates)
+    if measured.memory and (account or measured.memory.items):
+        title = "Memory of the rank, GB: measured" + (", and preflight's account" if account else "")
+        _print(title, _beside_rows(measured, account))
+    total = sum(kernel.seconds for kernel in measured.kernels)
+    if total:
+        rows = [(f"{k.seconds / total:6.1%}", f"{k.calls:6} x  {k.name[:KERNEL_NAME]}") for k in measured.kernels[:KERNELS]]
+        _print("One training step by kernels", rows)
+
+
+def _measured_rows(measured: Measured) -> Rows:
+    rows: Rows = []
+    for p in measured.passes:
+        steps = p.step_seconds
+        if steps:
+            spread = f"{min(steps):.4g} to {max(steps):.4g} in {len(steps)} steps"
+            evaluation = "" if p.eval_seconds is None else f"; evaluation {p.eval_seconds:.4g} s"
+            rows.append((f"{p.layers} layers", f"step {median(steps):.4g} s ({spread}){evaluation}"))
+    if measured.extrapolated:
+        evaluation = "" if measured.eval_seconds is None else f"; evaluation {measured.eval_seconds:.4g} s"
+        rows.append((f"{measured.stage_layers} layers", f"step {measured.step_seconds:.4g} s{evaluation}: extrapolated"))
+    if measured.collective_seconds:
+        rows.append(("of a step", f"{measured.collective_seconds:.3g} s are copies that stand for collectives"))
+    if measured.warmup_seconds is not None:
+        rows.append(("warm-up", f"{measured.warmup_seconds:.3g} s"))
+    return rows
+
+
+def _beside_rows(measured: Measured, account: Memory | None) -> Rows:
+    assert measured.memory is not None
+    if account is None:
+        return [(item.name, f"{measured.item_bytes(item) / GB:9.4f}") for item in measured.memory.items]
+    rows = [(name, f"{_gb(ours):>7}  {theirs / GB:7.2f}") for name, ours, theirs in beside(measured, account)]
+    total = measured.memory_bytes
+    return [*rows, ("total", f"{_gb(total):>7}  {account.total / GB:7.2f}  of {account.capacity / GB:.1f}")]
+
+
+def _gb(size: float | None) -> str:
+    return "-" if size is None else f"{size / GB:.2f}"
 
 
 def plot(plan: Plan, file: Path) -> None:

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from llama2_lora.config import rules
 from llama2_lora.config.settings import Settings
 from llama2_lora.forecast.generations import NEWEST
+from llama2_lora.forecast.measured import Measured
 from llama2_lora.gpus import Accelerator
 from llama2_lora.llama2 import LLAMA2_70B, LlamaShape
 
@@ -57,6 +58,7 @@ FITTED = Constants(
     efficiency={
         "Hopper": 0.549,
         "H200-NVL": 0.587,
+        "GH200": 0.443,
         "Blackwell v4.1": 0.466,
         "Blackwell v5.0": 0.499,
         "Blackwell v5.1": 0.618,
@@ -90,13 +92,16 @@ HELD_OUT_ERROR = {
     "fp4": 0.08,
     "B300": 0.06,
     "MI355X": 0.06,
+    "MI350X": 0.10,  # by MI355X's efficiency: no entry of its own
     "GB300": 0.10,
+    "GH200": 0.15,
     "H200-NVL": 0.10,
 }
 EVAL_ERROR = 0.10  # nine of ten of 106 left-out evaluations within 15%
 UNSEEN_ERROR = 0.25  # a guess: bf16, pipelining, recomputation, offloading, other parts: no published run to fit
 UNSEEN_EFFICIENCY = 0.4
 UNSEEN_FP4_SHARE = 0.7  # of the efficiency in FP8: 0.77 on Blackwell, 0.66 on GB300
+MEASURED_ERROR = 0.10  # a guess: no run on a cluster has been compared with its measured rank
 NORMAL_90 = 1.645
 
 
@@ -230,7 +235,9 @@ def eval_seconds(work: Work, constants: Constants = FITTED) -> float:
 def error_of(work: Work) -> float:
     if not work.seen:
         return UNSEEN_ERROR
-    return HELD_OUT_ERROR.get("fp4" if work.precision == "fp4" else work.accelerator.family, UNSEEN_ERROR)
+    part = work.accelerator
+    names = ("fp4",) if work.precision == "fp4" else (part.name, part.family)
+    return next((HELD_OUT_ERROR[name] for name in names if name in HELD_OUT_ERROR), UNSEEN_ERROR)
 
 
 def forecast(work: Work, sequences: float, evaluations: float, spread: float = 0.0) -> dict[str, Interval]:
@@ -250,6 +257,31 @@ def forecast(work: Work, sequences: float, evaluations: float, spread: float = 0
         found["fp4_step_seconds"] = Interval.around(step_seconds(work), error)
         found["healed_step_seconds"] = Interval.around(HEALED_SLOWDOWN * step_seconds(healed(work)), UNSEEN_ERROR)
     return found
+
+
+def forecast_of_rank(work: Work, sequences: float, evaluations: float, spread: float, rank: Measured) -> dict[str, Interval]:
+    """The same, of a rank that was measured alone; in FP4 as if the run never healed."""
+    step, evaluation = with_neighbours(work, rank.step_seconds, rank.eval_seconds)
+    minutes = (sequences / work.gbs * step + evaluations * evaluation) / 60
+    return {
+        "step_seconds": Interval.around(step, MEASURED_ERROR),
+        "eval_seconds": Interval.around(evaluation, EVAL_ERROR if rank.eval_seconds is None else MEASURED_ERROR),
+        "run_minutes": Interval.around(minutes, math.hypot(MEASURED_ERROR, spread)),
+    }
+
+
+def with_neighbours(work: Work, step: float, evaluation: float | None) -> tuple[float, float]:
+    """Seconds of a step and of an evaluation on all GPUs, where one rank alone takes `step` and `evaluation` (measured.py).
+
+    CP_LAYER_SECONDS counts in full, although a part of it, the smaller kernels, is in the measured time too.
+    """
+    exposed, slower = _communication_seconds(work, FITTED) / work.pp, _straggling(work, FITTED)
+    bubble = 1 + (work.pp - 1) / work.minibs  # 1F1B: a stage waits for pp - 1 micro-batches
+    whole = (step + work.minibs * exposed) * bubble * slower
+    if evaluation is None:
+        return whole, eval_seconds(work)
+    rounds = math.ceil(rules.EVAL_SEQUENCES / work.replicas)
+    return whole, (evaluation + rounds * exposed / 2) * slower  # half of the collectives are the backward's
 
 
 def _micro_batch_seconds(work: Work, constants: Constants) -> float:

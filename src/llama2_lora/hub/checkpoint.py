@@ -15,7 +15,8 @@ from pathlib import Path
 
 from llama2_lora import files
 from llama2_lora.hub import client, pieces
-from llama2_lora.hub.client import HubError, RemoteFile, Repository
+from llama2_lora.hub.client import RemoteFile
+from llama2_lora.hub.failures import HubError, Repository
 
 MANIFEST = ".manifest.json"
 STAGING = ".download"

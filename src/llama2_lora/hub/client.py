@@ -1,4 +1,4 @@
-"""Downloads from the Hugging Face hub: resumed, retried, verified by hash, and every error in one sentence.
+"""Downloads from the Hugging Face hub: resumed, retried and verified by hash. What can fail, and its words: failures.py.
 
 huggingface_hub moves the bytes, so HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean there. What it
 leaves to its callers is here: space for all files before the first byte, one progress bar, another try after a dropped
@@ -7,13 +7,10 @@ connection, and hashes (it compares sizes only). No message carries a token or a
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from multiprocessing.pool import ThreadPool
@@ -27,29 +24,14 @@ from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from tqdm import tqdm
 
+from llama2_lora.hub.failures import HubError, Repository, explain, limit_redirects, retried
+
 GIB = 1 << 30
 WORKERS = 8  # files at a time
-WAIT_SECONDS = 1.0  # before the second try; doubles with each further one
-IDLE_TRIES = 5  # in a row that brought no byte, after which a file is given up
-TRANSIENT = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LIST_TRIES = 4  # of a listing: seven seconds in all
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class HubError(OSError):
-    """One sentence: what went wrong and what to do."""
-
-
-class Repository(NamedTuple):
-    id: str
-    revision: str  # branch, tag or commit; a listing's is always a commit
-    type: str = "model"  # or "dataset"
-
-    @property
-    def page(self) -> str:
-        return f"https://huggingface.co/{'datasets/' if self.type == 'dataset' else ''}{self.id}"
 
 
 class RemoteFile(NamedTuple):
@@ -84,17 +66,10 @@ def list_files(repository: Repository, patterns: Sequence[str]) -> tuple[Reposit
     With HF_HUB_OFFLINE=1: what lies in the cache under HF_HOME.
     """
     try:
-        api = huggingface_hub.HfApi()
-        commit = str(api.repo_info(repository.id, revision=repository.revision, repo_type=repository.type).sha)
-        tree = api.list_repo_tree(repository.id, recursive=True, revision=commit, repo_type=repository.type)
-        files = [
-            RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
-            for entry in tree
-            if isinstance(entry, huggingface_hub.hf_api.RepoFile)
-        ]
+        commit, files = retried(lambda: _list_hub(repository), tries=LIST_TRIES)
     except errors.OfflineModeIsEnabled:
         commit, files = _list_cache(repository)
-    except (requests.RequestException, errors.HFValidationError) as error:
+    except (requests.RequestException, errors.HFValidationError, RuntimeError) as error:
         raise HubError(explain(error, repository)) from error
     matching = [file for file in files if any(fnmatch(file.path, pattern) for pattern in patterns)]
     return repository._replace(revision=commit), matching
@@ -119,6 +94,27 @@ def download(repository: Repository, files: Sequence[RemoteFile], folder: Path, 
 
         for _ in in_threads(lambda file: _fetch(repository, file, folder), files, show):
             pass
+
+
+def download_into_cache(repository: Repository, files: Sequence[RemoteFile]) -> Path:
+    """Bring `files` of one commit into the hub's cache, where they are shared with other programs; returns their folder."""
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    missing = [file for file in files if not isinstance(_cached(repository, file), str)]
+    check_space(cache, sum(file.bytes for file in missing))
+    hub_logging.set_verbosity_error()
+    disable_progress_bars()
+    before = bytes_in(cache)
+    total = sum(file.bytes for file in missing)
+    with _bar(f"downloading into {cache}", total) as bar:
+
+        def show(done: int) -> None:
+            bar.set_postfix_str(f"{done} of {len(missing)} files", refresh=False)
+            bar.update(min(bytes_in(cache) - before, total) - bar.n)
+
+        for _ in in_threads(lambda file: _fetch_into_cache(repository, file, cache), missing, show):
+            pass
+    return Path(huggingface_hub.snapshot_download(repository.id, revision=repository.revision, local_files_only=True))
 
 
 def verify(copies: Sequence[Copy]) -> list[str]:
@@ -159,35 +155,6 @@ def file_digest(path: Path, like: str, offset: int, length: int) -> str:
     return digest.hexdigest()
 
 
-def explain(error: BaseException, repository: Repository) -> str:
-    """A sentence for what huggingface_hub, the network or the disk raised: what it means and what to do."""
-    name = f"{repository.type} {repository.id}"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, errors.GatedRepoError) or status == 403:
-        return f"{name} is gated: accept its terms on {repository.page} and set HF_TOKEN to a token of that account"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"{name} is missing, private or gated: check the name, and set HF_TOKEN to a token of an account "
-            f"that can open {repository.page}"
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{name} has no revision {repository.revision}: see {repository.page}/commits/main"
-    if isinstance(error, errors.HFValidationError):
-        return f"{repository.id} is no repository name: it must read owner/name"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE=1 is set, and not all of {name} is in the cache: unset it, or set HF_HOME to where it is"
-    if status == 401:
-        return f"the hub refused the token for {name}: set HF_TOKEN to a valid one, or unset it"
-    if status:
-        return f"the hub answered {status} for {name}: run the command again, it continues where it stopped"
-    if _disk_is_full(error):
-        return "the disk is full: free some space and run the command again, it continues where it stopped"
-    if isinstance(error, OSError) and error.errno and not isinstance(error, requests.RequestException):
-        return f"{error.filename or 'a file'}: {os.strerror(error.errno)}"
-    kind = type(error).__name__
-    return f"the connection to the hub failed ({kind}): check network, proxy and HF_ENDPOINT, and run the command again"
-
-
 def in_threads(
     work: Callable[[Item], Result], items: Iterable[Item], show: Callable[[int], None] = lambda done: None
 ) -> Iterator[Result]:
@@ -211,6 +178,19 @@ def in_threads(
 def _bar(what: str, total: int) -> tqdm:
     seconds = 1 if sys.stderr.isatty() else 30  # a log file needs few lines
     return tqdm(desc=what, total=total, unit="B", unit_scale=True, mininterval=seconds)
+
+
+def _list_hub(repository: Repository) -> tuple[str, list[RemoteFile]]:
+    limit_redirects()
+    api = huggingface_hub.HfApi()
+    commit = str(api.repo_info(repository.id, revision=repository.revision, repo_type=repository.type).sha)
+    tree = api.list_repo_tree(repository.id, recursive=True, revision=commit, repo_type=repository.type)
+    files = [
+        RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
+        for entry in tree
+        if isinstance(entry, huggingface_hub.hf_api.RepoFile)
+    ]
+    return commit, files
 
 
 def _list_cache(repository: Repository) -> tuple[str, list[RemoteFile]]:
@@ -261,24 +241,37 @@ def _fetch(repository: Repository, file: RemoteFile, folder: Path) -> None:
 
 def _fetch_bytes(repository: Repository, file: RemoteFile, folder: Path, from_start: bool) -> None:
     """One file, not verified: tried again while bytes keep coming, and a few times where none do."""
-    idle = 0
-    while True:
-        before = _arrived([file], folder)
-        try:
-            return _fetch_once(repository, file, folder, from_start)
-        except (OSError, RuntimeError) as error:  # hf_xet raises RuntimeErrors
-            hidden = isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__
-            cause = hidden or error
-            idle = 0 if _arrived([file], folder) > before else idle + 1
-            if not _is_transient(cause) or idle == IDLE_TRIES:
-                raise HubError(explain(cause, repository)) from error
-        from_start = False
-        time.sleep(WAIT_SECONDS * 2**idle)
+    starts = iter([from_start])  # a second try goes on from what the first one brought
+    try:
+        retried(
+            lambda: _fetch_once(repository, file, folder, next(starts, False)),
+            arrived=lambda: _arrived([file], folder),
+        )
+    except (OSError, RuntimeError) as error:
+        raise HubError(explain(error, repository)) from error
+
+
+def _fetch_into_cache(repository: Repository, file: RemoteFile, cache: Path) -> None:
+    def once() -> None:
+        limit_redirects()
+        huggingface_hub.hf_hub_download(repository.id, file.path, revision=repository.revision)
+
+    try:
+        retried(once, arrived=lambda: bytes_in(cache))
+    except (OSError, RuntimeError) as error:
+        raise HubError(explain(error, repository)) from error
+
+
+def _cached(repository: Repository, file: RemoteFile) -> object:
+    """Its path in the hub's cache, or what else the hub's library gives where it is not there."""
+    name, revision, type = repository
+    return huggingface_hub.try_to_load_from_cache(name, file.path, revision=revision, repo_type=type)
 
 
 def _fetch_once(repository: Repository, file: RemoteFile, folder: Path, from_start: bool) -> None:
+    limit_redirects()
     name, revision, type = repository
-    cached = huggingface_hub.try_to_load_from_cache(name, file.path, revision=revision, repo_type=type)
+    cached = _cached(repository, file)
     if isinstance(cached, str) and not from_start:
         path = folder / file.path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -287,19 +280,3 @@ def _fetch_once(repository: Repository, file: RemoteFile, folder: Path, from_sta
         huggingface_hub.hf_hub_download(
             name, file.path, revision=revision, repo_type=type, local_dir=folder, force_download=from_start
         )
-
-
-def _is_transient(error: BaseException) -> bool:
-    """Worth another try: connections, timeouts, busy servers, and files that ended early."""
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return False
-    if isinstance(error, requests.HTTPError):
-        status = error.response.status_code if error.response is not None else 0
-        return status in (408, 429) or status >= 500
-    if isinstance(error, RuntimeError):
-        return not _disk_is_full(error)
-    return isinstance(error, TRANSIENT) or "Consistency check failed" in str(error)
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    return getattr(error, "errno", None) in DISK_FULL or "No space left on device" in str(error)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llama2_lora.config import rules, schedule
 from llama2_lora.findings import Finding
+from llama2_lora.judge import observed
 from llama2_lora.judge.official import compliance_messages, official_score
 from llama2_lora.judge.published import EnvelopeRow, envelope, label
 from llama2_lora.judge.results import NAMES, PLACEHOLDER, Result, Summary, group, read_runs, repeats
@@ -146,7 +147,8 @@ def _data_before_clock(run: Run) -> Iterator[Finding]:
 
 def _submission(run: Run) -> Iterator[Finding]:
     if run.rehearsal:
-        text = "CPU rehearsal with a small model and generated data: not a submission, no MFU, no score"
+        kind = str(run.values["submission_platform"]).partition(",")[0]  # CPU rehearsal, GPU rehearsal
+        text = f"{kind} with a small model and generated data: not a submission, no MFU, no score"
         yield Finding("note", "rehearsal", text)
         return
     for key in ("submission_platform", "submission_org"):
@@ -175,6 +177,15 @@ def _utilization(run: Run) -> Iterator[Finding]:
         yield Finding("warning", "impossible MFU", f"{text}; no published run passed {MOST_MFU:.0%}")
 
 
+def _observed(run: Run) -> Iterator[Finding]:
+    """What OBSERVE_* left beside the log."""
+    if times := observed.read(observed.folder_of(run.path.parent, run.seed)):
+        yield Finding("note", "step times", str(times))
+    if run.power and run.power.gpus_alone:
+        text = "power is that of the GPUs alone (nvidia-smi), not at the wall: no figure for a submission"
+        yield Finding("note", "power log", text)
+
+
 def _round(run: Run, ruleset: str) -> Iterator[Finding]:
     made_for = round_of(run)
     if made_for in EARLY_ROUNDS and not ruleset.startswith(made_for[1:]):
@@ -199,7 +210,7 @@ def _beyond(row: EnvelopeRow, loss: float) -> str:
 
 RUN_CHECKS = (
     *(_damage, _times, _convergence, _fixed_values, _evaluation_schedule, _data_before_clock),
-    *(_submission, _train_loss, _utilization, _published),
+    *(_submission, _train_loss, _utilization, _published, _observed),
 )
 
 

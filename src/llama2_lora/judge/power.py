@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama2_lora.judge.runlog import Event, RunLog, number, read_log
+from llama2_lora.node.power import SOURCE as GPUS_ALONE
 
 POWER_KEYS = ("power_measurement_start", "power_measurement_stop", "power_reading", "interconnect_power_est", "conversion_eff")
 
@@ -23,6 +24,7 @@ class Power:
     mean_watts: float
     nodes: int
     switches: int
+    gpus_alone: bool = False  # OBSERVE_POWER: no meter at the wall
 
 
 def is_power_log(log: RunLog) -> bool:
@@ -43,14 +45,16 @@ def result_of(path: Path) -> Path:
 
 def power_of(logs: Iterable[RunLog]) -> Power | None:
     """Of the power logs of one run; None where none of them holds a reading."""
-    nodes, switches = [], []
+    nodes, switches, gpus_alone = [], [], False
     for log in logs:
+        gpus_alone = gpus_alone or any(event.metadata.get("source") == GPUS_ALONE for event in log.events)
         events = sorted(log.events, key=lambda event: event.time_ms)
         if (watts := _mean_watts(events)) is not None:
             nodes.append(watts)
         elif (watts := _estimated_watts(events)) is not None:
             switches.append(watts)
-    return Power(sum(nodes) + sum(switches), len(nodes), len(switches)) if nodes or switches else None
+    found = Power(sum(nodes) + sum(switches), len(nodes), len(switches), gpus_alone)
+    return found if nodes or switches else None
 
 
 def _mean_watts(events: list[Event]) -> float | None:

@@ -79,8 +79,8 @@ class Run:
 
     @property
     def rehearsal(self) -> bool:
-        """A run on a CPU with a small model: it is judged, but not against the 70B's figures."""
-        return str(self.values.get("submission_platform", "")).startswith("CPU rehearsal")
+        """A run with a small model: it is judged, but not against the 70B's figures."""
+        return str(self.values.get("submission_platform", "")).startswith(("CPU rehearsal", "GPU rehearsal"))
 
     @cached_property
     def evaluations(self) -> list[tuple[int, float]]:

@@ -106,7 +106,7 @@ class MLPerfCallback(pl.Callback):
 
     def _refuse_non_finite(self, what: str, value: float, step: int) -> None:
         if not math.isfinite(value):
-            # Megatron 0.15.3 casts SwiGLU's input to e4m3 (fused_bias_swiglu.py); torch 2.9 without saturation
+            # Megatron 0.15.3 casts SwiGLU's input to e4m3 (fused_bias_swiglu.py): torch 2.9 without saturation, 2.13 with
             hint = (
                 "; before torch 2.13 FP8_ACT=1 makes NaN of any SwiGLU input above 464: try FP8_ACT=0"
                 if self.settings.precision.fp8_swiglu

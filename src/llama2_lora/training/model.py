@@ -67,6 +67,7 @@ def prepare_fp8_weights(model: torch.nn.Module) -> None:
     Transformer Engine 2.9, megatron-core 0.15.3.
     """
     for weight in model.parameters():
+        # PRIVATE: transformer_engine 2.9 transformer_engine.pytorch.tensor.float8_tensor.Float8Tensor._quantizer
         if (quantizer := getattr(weight, "_quantizer", None)) is not None and torch.is_tensor(
             getattr(quantizer, "scale", None)
         ):
@@ -100,10 +101,10 @@ class LoraLlama(LlamaModel):
         self.train_loss, self.validation_loss = RowMeanLoss(train_rows), RowMeanLoss(validation_rows)
 
     def configure_model(self, vp_stage: int | None = None) -> None:
-        # Transformer Engine 2.9 quantizes FP8 weights with a transposed copy where gradients are on (base.py,
-        # reset_parameters), and Megatron then keeps the bf16 start of each on the host: at 70B 17 GB a GPU and 274 GB a node,
-        # for nothing.
-        with torch.no_grad():
+        # Where gradients are on, Transformer Engine 2.9 quantizes FP8 weights with a transposed copy (base.py,
+        # reset_parameters) and keeps the bf16 start of each on the host: at 70B 17 GB a GPU and 274 GB a node, for nothing.
+        # MXFP8 needs that copy: its scales differ, so it cannot be made from the other one when the backward pass wants it.
+        with torch.set_grad_enabled(self.config.fp8_recipe == "mxfp8"):
             super().configure_model(vp_stage)
         prepare_fp8_weights(self.module)
         if self.config.recompute_granularity == "full":

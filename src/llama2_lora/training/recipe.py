@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loops import _TrainingEpochLoop
+from lightning.pytorch.loops import _TrainingEpochLoop  # PRIVATE: lightning 2.4 lightning.pytorch.loops._TrainingEpochLoop
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
@@ -23,7 +23,7 @@ from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommO
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
-from transformer_engine.pytorch.module.base import destroy_ub
+from transformer_engine.pytorch.module import destroy_ub
 
 from llama2_lora.config import rules
 from llama2_lora.config.settings import Settings
@@ -48,6 +48,7 @@ def build_config(settings: Settings, shape: LlamaShape) -> LlamaConfig:
         recompute_granularity=None if performance.recompute == "none" else performance.recompute,
         recompute_method="uniform" if performance.recompute == "full" else None,
         recompute_num_layers=1 if performance.recompute == "full" else None,
+        cp_comm_type=settings.parallel.cp_exchange,
         cpu_offloading=performance.offload_layers > 0,
         cpu_offloading_num_layers=performance.offload_layers,
     )
@@ -153,7 +154,8 @@ class SeededStrategy(MegatronStrategy):
         again: 34 GB a GPU between run_stop and the end of the process. Userbuffers live in a global of Transformer Engine.
         """
         destroy_ub()
-        model, self._lightning_module = self._lightning_module, None  # PRIVATE: lightning 2.4 Strategy._lightning_module
+        # PRIVATE: lightning 2.4 lightning.pytorch.strategies.Strategy._lightning_module
+        model, self._lightning_module = self._lightning_module, None
         try:
             super().teardown()
         finally:
@@ -209,7 +211,7 @@ class EvaluateAtSteps(_TrainingEpochLoop):
         super().__init__(trainer, max_steps=settings.optimization.max_steps)
         self.eval_steps, self.evaluation = settings.eval_steps, settings.evaluation
 
-    # PRIVATE: lightning 2.4 lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop._should_check_val_fx
+    # PRIVATE: lightning 2.4 lightning.pytorch.loops._TrainingEpochLoop._should_check_val_fx
     def _should_check_val_fx(self, data_fetcher: object) -> bool:
         return self.global_step in self.eval_steps
 

@@ -111,7 +111,7 @@ class Watch(pl.Callback):
 
     def _line(self) -> str:
         """file:line function that the main thread is in."""
-        frame = sys._current_frames().get(self.main_thread)  # PRIVATE: python 3.11 sys._current_frames
+        frame = sys._current_frames().get(self.main_thread)
         return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}" if frame else "no line"
 
 

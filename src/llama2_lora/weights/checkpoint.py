@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2_lora import files
+from llama2_lora.findings import one_line
 from llama2_lora.llama2 import EMBEDDING, LlamaShape, adapter_shapes, stacks
 from llama2_lora.weights.context import TOKENIZER, read_model_yaml
 from llama2_lora.weights.stored import PREFIX, torch_dist_problems, weights_format, zarr_header, zarr_problems
@@ -66,16 +67,22 @@ def check_checkpoint(folder: Path, shape: LlamaShape, dtype: str | None = None) 
 def write_adapter(path: Path, tensors: Mapping[str, Any], shape: LlamaShape, rank: int, alpha: int) -> None:
     """Write A and B of every layer, whole (not sharded), as NumPy arrays or torch tensors; replaces an older adapter.
 
-    ValueError where a matrix is missing, too many, or of another shape. The folder appears when it is complete.
+    ValueError where a matrix is missing, too many, or of another shape; OSError where the disk is full. The folder appears when
+    it is complete.
     """
     arrays = {name: tensor.numpy() if hasattr(tensor, "numpy") else tensor for name, tensor in tensors.items()}
     _check_adapter("the adapter", {name: array.shape for name, array in arrays.items()}, shape, rank)
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     about = {"rank": rank, "alpha": alpha, "base": dataclasses.asdict(shape)}
-    with files.new_folder(path, replace=True) as folder:
-        save_file(arrays, folder / ADAPTER_TENSORS)
-        (folder / ADAPTER_JSON).write_text(json.dumps(about, indent=2) + "\n")
+    try:
+        with files.new_folder(path, replace=True) as folder:
+            save_file(arrays, folder / ADAPTER_TENSORS)
+            (folder / ADAPTER_JSON).write_text(json.dumps(about, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{path}: the adapter could not be saved ({reason}): the run itself stands as its log says") from error
 
 
 def read_adapter(path: Path) -> tuple[dict[str, Any], LlamaShape, int, int]:
@@ -86,11 +93,13 @@ def read_adapter(path: Path) -> tuple[dict[str, Any], LlamaShape, int, int]:
     try:
         about = json.loads((path / ADAPTER_JSON).read_text())
         shape, rank, alpha = LlamaShape(**about["base"]), about["rank"], about["alpha"]
+        if not all(type(value) is int and 0 < value < 1 << 20 for value in (rank, alpha)):
+            raise ValueError(f"rank {rank!r:.40}, alpha {alpha!r:.40}")
         arrays = load_file(path / ADAPTER_TENSORS)
     except OSError as error:
         raise ValueError(f"{path} is no adapter: {error.filename} does not exist; train with SAVE_ADAPTER=1") from None
     except Exception as error:  # safetensors raises a type of its own
-        raise ValueError(f"{path} is damaged ({error}): train again with SAVE_ADAPTER=1") from None
+        raise ValueError(f"{path} is damaged ({one_line(str(error))}): train again with SAVE_ADAPTER=1") from None
     _check_adapter(str(path), {name: array.shape for name, array in arrays.items()}, shape, rank)
     return arrays, shape, rank, alpha
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from llama2_lora.findings import one_line
 from llama2_lora.llama2 import LlamaShape
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
         for item in (item for entry in objects.values() for item in entry["items"]):
             if item[0] == "Key(key='source')":
                 return json.loads(item[1]["value"])
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         pass
     return None
 
@@ -84,13 +85,14 @@ def read_model_yaml(folder: Path) -> tuple[LlamaShape, bool]:
             vocab=config.get("vocab_size") or 0,
             max_positions=config["seq_length"],
             norm_eps=config["layernorm_epsilon"],
-            rope_base=float(config["rotary_base"]),
+            rope_base=config["rotary_base"],
             tied=config["share_embeddings_and_output_weights"],
         )
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: this is no NeMo checkpoint, or its download is not complete") from None
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not describe a Llama model: {type(error).__name__} {error}") from None
+    except Exception as error:  # of many types: what yaml and wrong values raise
+        text = one_line(f"{type(error).__name__} {error}", limit=300)
+        raise ValueError(f"{path} does not describe a Llama model: {text}") from None
     return shape, bool(shape.vocab)
 
 

@@ -125,6 +125,8 @@ def _index(weights: Path, shape: LlamaShape, dtype: Any, state_bytes: int) -> An
     """Which bytes of which file are which piece of which tensor."""
     import torch
     from torch.distributed.checkpoint import metadata as dcp
+
+    # PRIVATE: torch 2.13 torch.distributed.checkpoint.filesystem._StorageInfo
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
     entries: dict[str, Any] = {}

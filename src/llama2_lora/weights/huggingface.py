@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +15,21 @@ from typing import Any, NamedTuple
 import huggingface_hub
 import numpy as np
 
+from llama2_lora.files import is_plain_name
+from llama2_lora.findings import one_line
 from llama2_lora.hub import client
+from llama2_lora.hub.failures import Repository
 from llama2_lora.llama2 import Block, LlamaShape, hf_tensors
 
 PIECE_BYTES = 1 << 20
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # safetensors' names
+# Unsigned integers of the same size, all bits but the sign, and the bits of infinity: NaN has larger ones.
+BIT_PATTERNS = {
+    "F32": ("<u4", np.uint32(0x7FFFFFFF), 0x7F800000),
+    "F16": ("<u2", np.uint16(0x7FFF), 0x7C00),
+    "BF16": ("<u2", np.uint16(0x7FFF), 0x7F80),
+}
+LONGEST_HEADER = 100_000_000  # bytes, of a safetensors file: its own library's limit
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -56,7 +64,10 @@ class HFModel:
         self.folder = Path(folder)
         self.name = name or str(self.folder.resolve())
         self.config = _read_json(self.folder / "config.json")
-        self.shape = LlamaShape.from_hf_config(self.config)
+        try:
+            self.shape = LlamaShape.from_hf_config(self.config)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.folder}: {one_line(str(error), limit=500)}") from None
         self.tokenizer_files = [path for name in TOKENIZER_FILES if (path := self.folder / name).is_file()]
         if not any(path.name in ("tokenizer.json", "tokenizer.model") for path in self.tokenizer_files):
             raise ValueError(f"{self.folder} has no tokenizer: neither tokenizer.json nor tokenizer.model is there")
@@ -66,8 +77,8 @@ class HFModel:
         self.dtype = self.stored_dtype  # what read() gives; set it to another one to convert while reading
 
     def read(self, block: Block) -> Iterator[bytes]:
-        """The bytes of a block, in pieces of at most 2 * PIECE_BYTES."""
-        pieces = self._stored(block)
+        """The bytes of a block, in pieces of at most 2 * PIECE_BYTES. ValueError where a weight is NaN or infinite."""
+        pieces = (self._finite(piece, block) for piece in self._stored(block))
         return pieces if self.dtype == self.stored_dtype else (cast(p, self.stored_dtype, self.dtype) for p in pieces)
 
     def _stored(self, block: Block) -> Iterator[bytes]:
@@ -86,6 +97,14 @@ class HFModel:
                     raise ValueError(f"{tensor.file} ends inside {block.tensor}: it was changed while it was read")
                 left -= len(piece)
                 yield piece
+
+    def _finite(self, piece: bytes, block: Block) -> bytes:
+        bits, magnitude, infinity = BIT_PATTERNS[self.stored_dtype]
+        if piece and int((np.frombuffer(piece, bits) & magnitude).max()) >= infinity:
+            raise ValueError(
+                f"{self.tensors[block.tensor].file}: {block.tensor} holds NaN or Inf: no model can be trained from it"
+            )
+        return piece
 
     def read_all(self, blocks: Iterable[Block]) -> Iterator[bytes]:
         """The bytes of several blocks, one behind the other."""
@@ -143,41 +162,39 @@ def from_float32(values: np.ndarray, dtype: str) -> bytes:
 
 
 def open_model(source: str, revision: str = "main") -> HFModel:
-    """A folder, or a repository: from the hub's cache where that has all of it, else downloaded into it."""
+    """A folder, or a repository: from HF_HOME, be it the hub's cache or the checkpoint's own folder, else downloaded into the
+    cache. Llama-2-70B is found under both spellings of its name, 70b and 70B."""
     if Path(source).is_dir():
         return HFModel(Path(source))
-    try:
-        cached = huggingface_hub.snapshot_download(source, revision=revision, local_files_only=True)
-        return HFModel(Path(cached), source)
-    except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.LocalEntryNotFoundError, ValueError):
-        return HFModel(_download(client.Repository(source, revision)), source)
+    is_base = source.lower() == BASE.lower()
+    if is_base:
+        for folder in _folders_in_hf_home(source):
+            if (folder / "config.json").is_file():
+                return HFModel(folder, source)
+    for name in (source, BASE, BASE.replace("70b", "70B")) if is_base else (source,):
+        try:
+            cached = huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
+            return HFModel(Path(cached), source)
+        except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.LocalEntryNotFoundError, ValueError):
+            continue  # not there, or not all of it
+    return HFModel(_download(Repository(source, revision)), source)
 
 
-def _download(repository: client.Repository) -> Path:
+def _folders_in_hf_home(source: str) -> list[Path]:
+    """HF_HOME itself, and where a clone of the repository would lie in it."""
+    home, name = Path(huggingface_hub.constants.HF_HOME), source.split("/")[-1]
+    return [home, *(home / place for place in (name, BASE.split("/")[-1], source, BASE))]
+
+
+def _download(repository: Repository) -> Path:
     """Bring what is needed of a repository into the hub's cache; returns the snapshot's folder."""
     repository, files = client.list_files(repository, (*FETCHED, *FETCHED_WEIGHTS))
+    weights: list[client.RemoteFile] = []
     for kind in FETCHED_WEIGHTS:
-        weights = [file for file in files if Path(file.path).match(kind)]
-        if weights:
-            break
+        weights = weights or [file for file in files if Path(file.path).match(kind)]
     others = [file for file in files if not any(Path(file.path).match(kind) for kind in FETCHED_WEIGHTS)]
-    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
-    cache.mkdir(parents=True, exist_ok=True)
-    here = [huggingface_hub.try_to_load_from_cache(repository.id, f.path, revision=repository.revision) for f in weights]
-    client.check_space(cache, sum(file.bytes for file, path in zip(weights, here, strict=True) if not isinstance(path, str)))
-    names = [file.path for file in (*others, *weights)]
-    print(f"downloading {repository.id} at {repository.revision}: {sum(f.bytes for f in weights) / 1e9:.1f} GB into {cache}")
-    if not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
-    for tries_left in reversed(range(client.IDLE_TRIES)):
-        try:
-            return Path(huggingface_hub.snapshot_download(repository.id, revision=repository.revision, allow_patterns=names))
-        except OSError as error:
-            dropped = isinstance(error, client.TRANSIENT) or "Consistency check failed" in str(error)
-            if not (dropped and tries_left):
-                raise client.HubError(client.explain(error, repository)) from error
-        time.sleep(client.WAIT_SECONDS)
-    raise AssertionError("the last try returns or raises")
+    print(f"downloading {repository.id} at {repository.revision}: {sum(f.bytes for f in weights) / 1e9:.1f} GB", flush=True)
+    return client.download_into_cache(repository, [*others, *weights])
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -185,13 +202,24 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in WEIGHTS:
         index = folder / f"{name}.index.json"
         if index.is_file():
-            files = sorted({folder / file for file in _read_json(index)["weight_map"].values()})
+            files = sorted(folder / name for name in _names_in_index(index))
             if missing := [file.name for file in files if not file.is_file()]:
                 raise ValueError(f"{folder}: {index.name} names {', '.join(missing)}, which is not there")
             return files
         if (folder / name).is_file():
             return [folder / name]
     raise ValueError(f"{folder} has no weights: neither {' nor '.join(WEIGHTS)}, whole or with an index, is there")
+
+
+def _names_in_index(index: Path) -> set[str]:
+    """Names of files beside the index. ValueError where it is none, or names files elsewhere."""
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"{index} has no weight_map of file names: fetch it again")
+    names = set(places.values())
+    if elsewhere := sorted(name for name in names if not is_plain_name(name)):
+        raise ValueError(f"{index} names {elsewhere[0]!r:.100}, which is not beside it: fetch it again")
+    return names
 
 
 def _list_tensors(file: Path) -> dict[str, Tensor]:
@@ -204,19 +232,45 @@ def _list_safetensors(path: Path) -> dict[str, Tensor]:
         header_bytes = int.from_bytes(file.read(8), "little")
         if not 0 < header_bytes <= size - 8:
             raise ValueError(f"{path} is no safetensors file, or was cut off: fetch it again")
+        if header_bytes > LONGEST_HEADER:
+            raise ValueError(
+                f"{path} has a header of {header_bytes} bytes, safetensors allows {LONGEST_HEADER}: fetch it again"
+            )
         try:
             header = json.loads(file.read(header_bytes))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"{path} is no safetensors file: fetch it again") from None
     start = 8 + header_bytes
-    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    expected = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    if size != expected:
-        raise ValueError(f"{path} has {size} bytes, its header promises {expected}: fetch it again")
-    return {
-        name: Tensor(path, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
-        for name, entry in entries.items()
-    }
+    try:
+        tensors = {
+            name: Tensor(path, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+        ranges = sorted((tuple(header[name]["data_offsets"]), name) for name in tensors)
+        _check_ranges(tensors, ranges, size - start)
+    except (KeyError, TypeError, AttributeError, IndexError):
+        raise ValueError(f"{path} has a damaged header: fetch it again") from None
+    except ValueError as problem:
+        raise ValueError(f"{path} {problem}: fetch it again") from None
+    return tensors
+
+
+def _check_ranges(tensors: dict[str, Tensor], ranges: list[tuple[tuple[int, int], str]], data_bytes: int) -> None:
+    """ValueError where tensors overlap, leave gaps, or have another size than their dtype and shape say."""
+    end = 0
+    for (first, last), name in ranges:
+        tensor = tensors[name]
+        if any(type(value) is not int or value < 0 for value in (first, last, *tensor.shape)):
+            raise TypeError
+        if first != end or last < first:
+            raise ValueError(f"has {name!r:.100} at bytes {first} to {last}, the tensor before it ends at {end}")
+        size = DTYPE_BYTES.get(tensor.dtype)
+        if size and last - first != size * math.prod(tensor.shape):
+            raise ValueError(f"has {last - first} bytes for {name!r:.100}, {tensor.dtype} {tensor.shape}")
+        end = last
+    if end != data_bytes:
+        raise ValueError(f"has {data_bytes} bytes of tensors, its header promises {end}")
 
 
 def _load_bin(path: Path) -> dict[str, Any]:
@@ -229,10 +283,15 @@ def _load_bin(path: Path) -> dict[str, Any]:
 
 
 def _list_bin(path: Path) -> dict[str, Tensor]:
+    import torch
+
     names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+    found = _load_bin(path)
+    if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+        raise ValueError(f"{path} holds something else than named tensors: fetch it again")
     return {
         name: Tensor(path, names.get(str(tensor.dtype), str(tensor.dtype)), tuple(tensor.shape), 0)
-        for name, tensor in _load_bin(path).items()
+        for name, tensor in found.items()
     }
 
 
@@ -247,8 +306,11 @@ def _read_bin(path: Path, block: Block) -> Iterator[bytes]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path} is no JSON file: fetch it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not named values: fetch it again")
+    return found

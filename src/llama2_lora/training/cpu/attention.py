@@ -76,6 +76,7 @@ def fused_attn_fwd(
         out = quantize(_sequence_back(out, sequence_first).to(fake_dtype), o_quantizer)
         # cuDNN's [M, ZInv]: Transformer Engine takes the first for the log of the sum (context_parallel.py).
         return [out, log_sum_exp[..., None], torch.ones_like(log_sum_exp)[..., None], torch.tensor(_RNG_STATE)]
+    # PRIVATE: torch 2.13 torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, log_sum_exp = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=attn_scale)
     return [_sequence_back(out, sequence_first), log_sum_exp.float()[..., None], torch.tensor(_RNG_STATE)]
 
@@ -121,6 +122,7 @@ def fused_attn_bwd(
     if is_quantized(Q):
         gradients = attention_fp8.backward(d_out, q, k, v, out, log_sum_exp, attn_scale, causal, s_quantizer, dp_quantizer)
     else:
+        # PRIVATE: torch 2.13 torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             d_out, q, k, v, out, log_sum_exp, 0.0, causal, scale=attn_scale
         )

@@ -85,6 +85,8 @@ def stand_ins(capability: tuple[int, int]) -> Iterator[tuple[Any, str, Any]]:
     yield cuda, "is_available", lambda: True
     # "Initialized" makes torch's own RNG functions act at once, and NeMo's _fix_tensors_device (io/pl.py) load a
     # checkpoint; without it: "Torch not compiled with CUDA enabled" and an AssertionError.
+    # PRIVATE: torch 2.13 torch.cuda._initialized
+    # PRIVATE: torch 2.13 torch.cuda._lazy_init
     yield cuda, "_initialized", True
     yield cuda, "_lazy_init", lambda: None
     # torch.cuda.manual_seed, get_rng_state and megatron.core.tensor_parallel.random index this tuple: IndexError.
@@ -113,6 +115,7 @@ def stand_ins(capability: tuple[int, int]) -> Iterator[tuple[Any, str, Any]]:
     yield cuda, "is_current_stream_capturing", lambda: False
     yield torch.version, "cuda", "13.0"  # Transformer Engine asks for it before it scales FP8 in blocks
     # The libraries' small fusions are for torch.compile, whose inductor asks for the properties of a real device.
+    # PRIVATE: torch 2.13 torch._dynamo.config.disable
     yield torch._dynamo.config, "disable", True
     yield torch.autograd, "_engine_run_backward", _run_backward
     for name in ("range_push", "range_pop", "mark"):  # NVTX: marks for NVIDIA's profiler
@@ -120,6 +123,7 @@ def stand_ins(capability: tuple[int, int]) -> Iterator[tuple[Any, str, Any]]:
 
 
 _IS_CUDA = torch.Tensor.is_cuda.__get__
+# PRIVATE: torch 2.13 torch.autograd._engine_run_backward
 _ENGINE = torch.autograd._engine_run_backward
 
 

@@ -94,6 +94,8 @@ def dequantize(tensor: Any, otype: DType) -> Tensor:
 
     dtype = TORCH_DTYPE[otype]
     if hasattr(tensor, "_transpose"):
+        # PRIVATE: transformer_engine 2.9 transformer_engine.pytorch.tensor.float8_tensor.Float8Tensor._fp8_dtype
+        # PRIVATE: transformer_engine 2.9 transformer_engine.pytorch.tensor.float8_tensor.Float8Tensor._scale_inv
         return (rowwise_bytes(tensor).view(TORCH_DTYPE[tensor._fp8_dtype]).float() * tensor._scale_inv).to(dtype)
     if type(tensor).__name__.startswith("MXFP8"):
         return blocks.mxfp8_values(tensor, rowwise=True).to(dtype)
@@ -118,6 +120,7 @@ def _quantize_current(tensor: Tensor, quantizer: Any, output: Any) -> None:
     if not quantizer.use_existing_amax:
         quantizer.amax.copy_(amax_of(tensor))
     if quantizer.with_amax_reduction:
+        # PRIVATE: transformer_engine 2.9 transformer_engine.pytorch.tensor.float8_tensor.Float8CurrentScalingQuantizer._canonicalized_amax_reduction_group  # noqa: E501
         group = quantizer._canonicalized_amax_reduction_group()
         torch.distributed.all_reduce(quantizer.amax, op=torch.distributed.ReduceOp.MAX, group=group)
     limit = torch.finfo(TORCH_DTYPE[quantizer.dtype]).max
@@ -147,8 +150,11 @@ def cast_fp8(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _write(tensor: Tensor, scale: Tensor, output: Any) -> None:
     data = cast_fp8(tensor.float() * scale, TORCH_DTYPE[output._fp8_dtype])
+    # PRIVATE: transformer_engine 2.9 transformer_engine.pytorch.tensor.float8_tensor.Float8Tensor._data
     if output._data is not None:
         output._data.copy_(data.view(output._data.shape))
+    # PRIVATE: transformer_engine 2.9 transformer_engine.pytorch.tensor.float8_tensor.Float8Tensor._transpose
+    # PRIVATE: transformer_engine 2.9 transformer_engine.pytorch.tensor.float8_tensor.Float8Tensor._transpose_invalid
     if output._transpose is not None:
         output._transpose.copy_(data.reshape(-1, data.shape[-1]).t().reshape(output._transpose.shape))
         output._transpose_invalid = False

@@ -37,9 +37,9 @@ def fused_rope_backward(
     cp_size: int,
     cp_rank: int,
 ) -> Tensor:
-    """`fused_rope_backward`: the gradient of the input, which is a rotation the other way."""
+    """`fused_rope_backward`: the gradient of the input. The halves' angles need not be the same, so sin turns with them."""
     cos, sin = _angles(freqs, output_grads, qkv_format, interleaved, cp_size)
-    return _rotated(output_grads, cos, -sin)
+    return _rotated(output_grads, cos, -sin.roll(sin.shape[-1] // 2, -1))
 
 
 def _angles(freqs: Tensor, like: Tensor, qkv_format: NVTE_QKV_Format, interleaved: bool, cp_size: int) -> tuple[Tensor, Tensor]:
