@@ -89,7 +89,7 @@ train() { # folder, stamp, config, dtype
   DATADIR="$(absolute "${WORK}/data/gov_report")" MODEL="$(absolute "${WORK}/checkpoint_$4")" LOGDIR="$(absolute "$1")"
   export DATADIR MODEL LOGDIR DATESTAMP="$2"
   export CONT=none LAUNCHER=local HEALTH=warn NCCL_TEST=0
-  export PYTHON=python # the environment's, whatever made it
+  export PYTHON=python            # the environment's, whatever made it
   export DROP_CACHES_COMMAND=true # the data is small and made a moment ago: there is no cache to drop
 
   RULESET="$(PYTHONPATH=src python -c 'from llama2_lora.config import rules; print(*rules.RULESETS)')"
