@@ -19,7 +19,6 @@ from llama2_lora.config.values import SettingsError, parse_group, window
 from llama2_lora.config.values import setting as _setting
 from llama2_lora.gpus import ACCELERATORS
 
-__all__ = ["FIELDS", "GROUPS", "INT32", "Settings", "SettingsError", "variables"]
 INT32 = 2**31 - 1
 
 
