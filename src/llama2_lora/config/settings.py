@@ -79,6 +79,7 @@ class Parallel:
     tp: int = _setting("TP", 1, "Tensor parallel size", low=1)
     pp: int = _setting("PP", 1, "Pipeline parallel size", low=1)
     cp: int = _setting("CP", 1, "Context parallel size", low=1)
+    cp_exchange: str = _setting("CP_COMM", "p2p", "How context-parallel ranks share attention: keys and values around a ring, or heads for tokens all to all", choices=("p2p", "a2a"))
     sequence_parallel: bool = _setting("SP", False, "Sequence parallelism over the TP group")
 
     @property

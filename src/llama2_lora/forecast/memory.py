@@ -107,6 +107,7 @@ def items(settings: Settings, shape: LlamaShape, accelerator: Accelerator, softw
         *_adapter(settings, shape),
         *step,
         _evaluation(settings, shape, sum(item.bytes for item in step)),
+        _restore(settings, shape, sum(item.bytes for item in step)),
     ]
     slack = ALLOCATOR_SLACK * sum(item.bytes for item in found)
     found += [Item("allocator slack", slack, "E"), *_libraries(settings, shape)]
@@ -223,6 +224,18 @@ def _evaluation(settings: Settings, shape: LlamaShape, step_bytes: float) -> Ite
     micro = settings.batch.validation_micro
     needed = _logits(settings, shape, micro).bytes + _working_set(settings, shape, micro).bytes
     return Item(f"evaluation with VAL_MBS={micro}, beyond a step", max(0.0, needed - step_bytes), "E")
+
+
+def restore_bytes(settings: Settings, shape: LlamaShape) -> float:
+    """What restoring needs above the weights: one layer in bf16, as it is loaded, and where the weights are FP8 once more,
+    as Megatron's copy of them (training/restore.py)."""
+    copies = 2 if settings.precision.fp8_weights else 1
+    return copies * BF16 * linear_parameters(shape) / shape.layers / settings.parallel.tp
+
+
+def _restore(settings: Settings, shape: LlamaShape, step_bytes: float) -> Item:
+    """The same, beyond a training step, which comes when it is over."""
+    return Item("restoring the weights, beyond a step", max(0.0, restore_bytes(settings, shape) - step_bytes), "M")
 
 
 def _libraries(settings: Settings, shape: LlamaShape) -> list[Item]:

@@ -275,8 +275,9 @@ def with_neighbours(work: Work, step: float, evaluation: float | None) -> tuple[
 
     CP_LAYER_SECONDS counts in full, although a part of it, the smaller kernels, is in the measured time too.
     """
-    exposed, slower = _communication_seconds(work, FITTED), _straggling(work, FITTED)
-    whole = (step + work.minibs * exposed) * slower
+    exposed, slower = _communication_seconds(work, FITTED) / work.pp, _straggling(work, FITTED)
+    bubble = 1 + (work.pp - 1) / work.minibs  # 1F1B: a stage waits for pp - 1 micro-batches
+    whole = (step + work.minibs * exposed) * bubble * slower
     if evaluation is None:
         return whole, eval_seconds(work)
     rounds = math.ceil(rules.EVAL_SEQUENCES / work.replicas)

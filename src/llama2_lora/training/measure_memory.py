@@ -36,10 +36,15 @@ def _weights(model: torch.nn.Module) -> Counter[str]:
                 found[kind] += _bytes(tensors)
         else:
             found[Names.OUTSIDE] += _bytes([weight])
-    for module in model.modules():
-        for copy in getattr(module, "_fp8_workspaces", {}).values():  # PRIVATE: Transformer Engine 2.9
-            found[Names.COPIES] += _bytes(_inner(copy))
+    found[Names.COPIES] += sum(_bytes([copy]) for copy in _copies(model))
     return found
+
+
+def _copies(model: torch.nn.Module) -> Iterator[Any]:
+    """Quantized copies of weights that are kept beside them."""
+    for module in model.modules():
+        # PRIVATE: transformer_engine 2.9 transformer_engine.pytorch.module.base.TransformerEngineBaseModule._fp8_workspaces
+        yield from getattr(module, "_fp8_workspaces", {}).values()
 
 
 def _parts(weight: torch.Tensor) -> dict[str, list[torch.Tensor]]:
@@ -148,9 +153,8 @@ def _inner(tensor: Any) -> list[torch.Tensor]:
 def _all_weights(model: torch.nn.Module) -> Iterator[torch.Tensor]:
     for weight in (*model.parameters(), *model.buffers()):
         yield from _inner(weight)
-    for module in model.modules():
-        for copy in getattr(module, "_fp8_workspaces", {}).values():
-            yield from _inner(copy)
+    for copy in _copies(model):
+        yield from _inner(copy)
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -48,6 +48,7 @@ def build_config(settings: Settings, shape: LlamaShape) -> LlamaConfig:
         recompute_granularity=None if performance.recompute == "none" else performance.recompute,
         recompute_method="uniform" if performance.recompute == "full" else None,
         recompute_num_layers=1 if performance.recompute == "full" else None,
+        cp_comm_type=settings.parallel.cp_exchange,
         cpu_offloading=performance.offload_layers > 0,
         cpu_offloading_num_layers=performance.offload_layers,
     )

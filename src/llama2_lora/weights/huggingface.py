@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import huggingface_hub
 import numpy as np
 
+from llama2_lora.files import is_plain_name
 from llama2_lora.findings import one_line
 from llama2_lora.hub import client
 from llama2_lora.hub.failures import Repository
@@ -216,7 +217,7 @@ def _names_in_index(index: Path) -> set[str]:
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise ValueError(f"{index} has no weight_map of file names: fetch it again")
     names = set(places.values())
-    if elsewhere := sorted(name for name in names if Path(name).name != name or name in ("", ".", "..")):
+    if elsewhere := sorted(name for name in names if not is_plain_name(name)):
         raise ValueError(f"{index} names {elsewhere[0]!r:.100}, which is not beside it: fetch it again")
     return names
 

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from llama2_lora import pickles
+from llama2_lora.files import is_plain_name
 from llama2_lora.llama2 import Stack
 
 PREFIX = "module."  # NeMo's name for the model inside its Lightning module
 ZARR_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "bfloat16"}  # safetensors' names -> zarr's
 TORCH_DTYPES = {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
+MOST_CHUNKS = 100_000  # whose names are compared; a damaged header may ask for billions
 STATE = "_extra_state"  # in the names of what Transformer Engine keeps beside its weights
 
 
@@ -99,9 +101,11 @@ def _chunk_problem(array: Path, shape: tuple[int, ...], header: dict[str, Any]) 
     """A chunk that is not there, or under another name, would be read as zeros. Other programs may cut others than we do."""
     counts = [-(-size // piece) for size, piece in zip(shape, header["chunks"], strict=True)]
     separator = header.get("dimension_separator", ".")
+    found = {path.name: path for path in array.iterdir() if path.name[0] != "."}
+    if (total := _product(counts)) > max(len(found), MOST_CHUNKS):
+        return f"weights/{array.name} has {len(found)} of {total} chunks"
     places = itertools.product(*(range(count) for count in counts))
     expected = {separator.join(map(str, place)) for place in places}
-    found = {path.name: path for path in array.iterdir() if path.name[0] != "."}
     if missing := sorted(expected - found.keys()):
         also = sorted(found.keys() - expected)
         instead = f", and has {also[0]!r} instead" if also else ""
@@ -140,7 +144,7 @@ def _problems_of_places(weights: Path, places: list[tuple[str, str, int, int]], 
     sizes: dict[str, int | None] = {}
     for name, file, offset, length in places:
         if file not in sizes:
-            plain = "/" not in file and (weights / file).is_file()
+            plain = is_plain_name(file) and (weights / file).is_file()
             sizes[file] = (weights / file).stat().st_size if plain else None
             if sizes[file] is None:
                 yield f"weights/{file[:120]}, of {name}, is missing or lies elsewhere"
