@@ -40,6 +40,7 @@ SHORT = {**CPU, "TP": "1", "CP": "8", "FP8": "1", "MBS": "2"}
         (TINY, {**CPU, "TP": "2", "FP8": "1"}, "FP8=1: needs multiples of 16; the FFN columns are 24 on each of TP=2 ranks"),
         (TINY, MXFP8, "FP8=1: needs multiples of 32; the FFN columns are 48"),
         (TINY, SHORT, "FP8=1: needs multiples of 8 tokens; a micro-batch of VAL_MBS=1 has 4"),
+        (TINY, {**CPU, "TP": "1", "CP": "4", "CP_COMM": "a2a"}, "CP_COMM=a2a: CP=4 must divide the 2 key/value groups"),
         (LLAMA2_70B, {"CPU_OFFLOAD_LAYERS": "80"}, "CPU_OFFLOAD_LAYERS=80: must be below the model's 80 layers"),
     ],
 )

@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node=2 tests/helpers/many_runs.py FOLDER ENVIRONMENTS.json
 
-Every run leaves FOLDER/NAME/rankR.npz: the adapter's gradients after each step, clipped as the optimizer saw them.
+Every run leaves FOLDER/NAME/rankR.npz: the adapter's gradients after each step, clipped as the optimizer saw them, whole
+on rank 0 (under pipeline parallelism each rank's own layers elsewhere).
 """
 
 from __future__ import annotations
@@ -98,17 +99,43 @@ def recorded_gradients(steps: list[dict[str, np.ndarray]]):
     from llama2_lora.training.cpu import cpu_platform
 
     with cpu_platform():  # Transformer Engine before Megatron
-        from llama2_lora.training.adapter import adapter_weights
         from llama2_lora.training.callback import MLPerfCallback
 
     original = MLPerfCallback.on_train_batch_end
 
     def record(self, trainer, *arguments) -> None:
-        model = trainer.strategy.megatron_parallel
-        steps.append({name: weight.main_grad.detach().flatten().numpy().copy() for name, weight in adapter_weights(model)})
+        steps.append(whole_gradients(trainer.strategy.megatron_parallel))
         original(self, trainer, *arguments)
 
     return patch.object(MLPerfCallback, "on_train_batch_end", record)
+
+
+def whole_gradients(model) -> dict[str, np.ndarray]:
+    """Name -> elements of every adapter matrix of all stages, put together from the parts of all ranks, which all call it."""
+    import torch
+    from megatron.core import parallel_state
+
+    from llama2_lora.training.adapter import _tp_dimension, adapter_weights
+
+    def gathered(part: torch.Tensor, group: torch.distributed.ProcessGroup, dim: int) -> torch.Tensor:
+        parts = [torch.empty_like(part) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, part.contiguous(), group=group)
+        return torch.cat(parts, dim)
+
+    for chunk in model:
+        for bucket in (bucket for buffer in chunk.buffers for bucket in buffer.buckets):
+            # The distributed optimizer: each rank has the sum over replicas of its own part, and reads no other
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            bucket.grad_data.copy_(gathered(bucket.grad_data.chunk(group.size())[group.rank()].clone(), group, 0))
+    mine = {}
+    for name, weight in adapter_weights(model):
+        gradient, dim = weight.main_grad.detach(), _tp_dimension(weight)
+        if dim is not None:
+            gradient = gathered(gradient, parallel_state.get_tensor_model_parallel_group(), dim)
+        mine[name] = gradient.flatten().numpy().copy()
+    stages: list[dict] = [{} for _ in range(parallel_state.get_pipeline_model_parallel_world_size())]
+    torch.distributed.all_gather_object(stages, mine, group=parallel_state.get_pipeline_model_parallel_group())
+    return {name: gradient for stage in stages for name, gradient in stage.items()}
 
 
 if __name__ == "__main__":

@@ -128,6 +128,13 @@ def test_one_node_without_slurm(docker, gpus):
     assert not any(words[0] == "srun" for words in found)
 
 
+def test_one_node_below_salloc_is_still_the_callers():
+    """Slurm's variables are then those of a shell, and its folder not that of the call."""
+    (create, *_) = commands(DOCKER, DOCKER="docker", DATADIR="data", SLURM_JOB_ID="1", SLURM_SUBMIT_DIR="/nowhere")
+    assert f"{ROOT}/data:/data:ro" in create
+    assert f"{ROOT}:/workspace/ft-llm:ro" in create
+
+
 def test_one_trial_stands_for_all():
     text = dry_run(SLURM, NEXP="10", SEED="7").stdout
     assert "trial 1 of 10: seed 7" in text

@@ -26,6 +26,10 @@ def shape_conflicts(settings: Settings, shape: LlamaShape) -> Iterator[str]:
             yield f"TP={p.tp}: must divide the model's {number} {name}"
     if settings.optimization.lora_rank % p.tp:
         yield f"TP={p.tp}: must divide LORA_RANK={settings.optimization.lora_rank}: the adapter is sharded, too"
+    heads = {"query heads": shape.heads, "key/value groups": shape.kv_groups}
+    for name, number in heads.items() if p.cp_exchange == "a2a" else ():
+        if number // p.tp % p.cp:
+            yield f"CP_COMM=a2a: CP={p.cp} must divide the {number // p.tp} {name} of each of TP={p.tp} ranks; set CP_COMM=p2p"
     if shape.layers % p.pp:
         yield f"PP={p.pp}: must divide the model's {shape.layers} layers"
     if offload >= shape.layers:
