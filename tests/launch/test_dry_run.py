@@ -53,6 +53,17 @@ def test_the_steps_in_order():
         assert any(step in word for words in found for word in words), step
 
 
+def test_a_rehearsal_is_a_check_that_a_job_may_ask_for():
+    """Once, on the first node, before the trials; without the job's own settings, since it has a config of its own."""
+    found = commands(SLURM, REHEARSE="1")
+    (rehearsal,) = (words for words in found if "scripts/rehearse.sh" in words)
+    assert rehearsal[-2:] == ["scripts/rehearse.sh", "--gpu"]
+    assert {"--nodes=1", "--relative=0", "REHEARSAL_DIR=/results/rehearsal"} <= set(rehearsal)
+    assert {"--unset=LR", "--unset=TP", "--unset=CONFIG_FILE", "--unset=REHEARSE", "--unset=NEXP"} <= set(rehearsal)
+    assert found.index(rehearsal) < found.index(training(found)[0])
+    assert not any("scripts/rehearse.sh" in words for words in commands(SLURM))
+
+
 def test_ranks_and_container_of_a_training():
     (first,) = training(commands(SLURM))
     for word in ("--nodes=8", "--ntasks=64", "--ntasks-per-node=8", "--kill-on-bad-exit=1", "--label"):
