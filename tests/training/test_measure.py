@@ -29,7 +29,7 @@ H100 = ROOT / "config_DGXH100_1x8x4.sh"
 
 def run(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*COMMAND, *map(str, arguments)], cwd=folder, env=clean_environment(), capture_output=True, text=True, timeout=300
+        [*COMMAND, *map(str, arguments)], cwd=folder, env=clean_environment(), capture_output=True, text=True, timeout=550
     )
 
 

@@ -52,7 +52,7 @@ class NoData(pl.LightningDataModule):
         super().__init__()
         self.vocab_size = vocab_size
         self.train_rows, self.validation_rows = rules.TRAIN_SEQUENCES, rules.EVAL_SEQUENCES
-        batches = -(-self.validation_rows // (settings.data_parallel_size * settings.batch.validation_micro))
+        batches = -(-self.validation_rows // (settings.validation_data_parallel_size * settings.batch.validation_micro))
         self.data_sampler = Sampler(settings, batches)
 
     def train_dataloader(self) -> WrappedDataLoader:
