@@ -50,7 +50,7 @@ def main() -> None:
             make_parquet(folder / "source" / f"{split}-00000-of-00001.parquet", ROWS[split], split == "validation")
         costs: dict[Callable[[Path], None], list[Cost]] = {}
         for _ in range(arguments.runs):
-            for step in (plain_convert, our_convert, plain_open, our_open, our_map):
+            for step in (plain_convert, our_convert, datasets_read, our_read, plain_open, our_open, our_map):
                 costs.setdefault(step, []).append(measured(step, folder))
         report({step: Cost(*map(min, zip(*runs, strict=True))) for step, runs in costs.items()}, folder)
 
@@ -104,6 +104,25 @@ def our_convert(folder: Path) -> None:
     prepare.convert(prepare.read_folder(folder / "source"), folder / "ours", "made up", "none")
 
 
+def our_read(folder: Path) -> None:
+    """Nothing but the reading of both files, to compare with datasets_read."""
+    for split in ROWS:
+        for _ in prepare.read_folder(folder / "source")(f"{split}.npy"):
+            pass
+
+
+def datasets_read(folder: Path) -> None:
+    """The same with `datasets`, streaming, in Arrow's format; its import counts, as in a command."""
+    import datasets
+
+    for split in ROWS:
+        file = str(folder / "source" / f"{split}-00000-of-00001.parquet")
+        stream = datasets.load_dataset("parquet", data_files=[file], split="train", streaming=True).with_format("arrow")
+        for table in stream.iter(batch_size=32):
+            for name in ("input_ids", "labels"):
+                table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+
+
 def plain_open(folder: Path) -> None:
     for split in ROWS:
         np.load(folder / "plain" / f"{split}.npy", allow_pickle=True)[0]["input_ids"]
@@ -130,6 +149,10 @@ def report(best: dict[Callable[[Path], None], Cost], folder: Path) -> None:
     row("convert", best[plain_convert].seconds, best[our_convert].seconds, "s")
     row("convert, CPU", best[plain_convert].cpu_seconds, best[our_convert].cpu_seconds, "s")
     row("convert, peak memory", best[plain_convert].peak_mib, best[our_convert].peak_mib, "MiB")
+    print(f"\n{'':<32}{'datasets':>10} {'':<4}{'ours':>10} {'':<4}{'ratio':>10}")
+    row("read parquet, CPU", best[datasets_read].cpu_seconds, best[our_read].cpu_seconds, "s")
+    row("read parquet, peak memory", best[datasets_read].peak_mib, best[our_read].peak_mib, "MiB")
+    print(f"\n{'':<32}{'plain':>10} {'':<4}{'ours':>10} {'':<4}{'ratio':>10}")
     row("file size", file_mb("plain"), file_mb("ours"), "MB")
     row("open, every row checked", best[plain_open].seconds, best[our_open].seconds, "s")
     row("open, unchecked", best[plain_open].seconds, best[our_map].seconds, "s")

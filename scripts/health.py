@@ -17,8 +17,11 @@ import re
 import sys
 from pathlib import Path
 
-from llama2_lora.findings import count, exit_status, show
-from llama2_lora.node import probe, verdict
+from llama2_lora.packages import missing_package_named
+
+with missing_package_named():
+    from llama2_lora.findings import count, exit_status, show
+    from llama2_lora.node import probe, verdict
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
-        print(f"refused: {len(problems)} problems, nothing was made", file=sys.stderr)
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        print(f"refused: {count}, nothing was made", file=sys.stderr)
         return 1
     print(f"made {target}: the package, system description and repository checkers pass ({arguments.ruleset})")
     return 0

@@ -20,15 +20,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama2_lora.config.names import unknown
-from llama2_lora.config.settings import Settings, SettingsError
-from llama2_lora.config.shell import source
-from llama2_lora.findings import Finding, at_least, count, exit_status, show
-from llama2_lora.forecast.cost import Rates, cost, positive
-from llama2_lora.forecast.measured import Measured
-from llama2_lora.forecast.measured import read as read_measured
-from llama2_lora.forecast.plan import Plan, plan
-from llama2_lora.forecast.show import plot, show_plan
+from llama2_lora.packages import missing_package_named
+
+with missing_package_named():
+    from llama2_lora.config.names import unknown
+    from llama2_lora.config.settings import Settings, SettingsError
+    from llama2_lora.config.shell import source
+    from llama2_lora.findings import Finding, at_least, count, exit_status, show
+    from llama2_lora.forecast.cost import Rates, cost, positive
+    from llama2_lora.forecast.measured import Measured
+    from llama2_lora.forecast.measured import read as read_measured
+    from llama2_lora.forecast.plan import Plan, plan
+    from llama2_lora.forecast.show import plot, show_plan
 
 NODE_PATHS = ("DATA_PATH", "CKPT_PATH", "RESULTS_PATH")  # where a node has its files, which no config says
 
@@ -79,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = read_measured(arguments.measured) if arguments.measured else None
         found, findings, inside = examine(arguments.config, arguments.inside, rank)
         if arguments.plot and found:
-            plot(found, arguments.plot)
+            with missing_package_named():
+                plot(found, arguments.plot)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,7 +3,7 @@
 # MASTER_PORT -> exec python src/train.py (or the program given). Works under srun, torchrun (--no-python), mpirun, or alone (one
 # rank).
 #   srun -N 2 --ntasks-per-node=8 scripts/run_and_time.sh
-#   torchrun --nproc-per-node=8 --no-python scripts/run_and_time.sh
+#   scripts/torchrun.py --nproc-per-node=8 --no-python scripts/run_and_time.sh
 # DRY_RUN=1 prints instead of running. BIND=none leaves CPU affinity alone. PYTHON names another interpreter.
 set -euo pipefail
 

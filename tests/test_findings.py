@@ -34,11 +34,13 @@ def test_exit_status(level: str, stops_at: str, status: int) -> None:
 
 
 def test_printed_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
     show([Finding("note", "later", "x"), Finding("error", "memory", "too much", "node1"), Finding("ok", "clock", "x")])
     assert capsys.readouterr().out == "error: node1: too much [memory]\nnote: x [later]\n"
 
 
 def test_long_lines_and_markup_stay_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
     text = "[bold]" + "x" * 300 + " :smile:"
     show([Finding("error", "a", text)])
     assert capsys.readouterr().out == f"error: {text} [a]\n"

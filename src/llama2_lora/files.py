@@ -144,6 +144,17 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a name that stands in somebody's file is one of a file beside it: no path, no folder, nothing too long."""
+    return (
+        bool(name)
+        and name not in (".", "..")
+        and "/" not in name
+        and "\0" not in name
+        and len(name.encode(errors="replace")) < 256
+    )
+
+
 def _partial(path: Path) -> Path:
     """Where something is written before it takes its name: always the same, so a killed run leaves at most one behind.
 

@@ -5,7 +5,7 @@
     return exit_status(findings)    # 0: nothing is an error
 
 A check yields a Finding for what is well too ("ok"), so that a table of all checks and the list of problems come from one
-list. This module imports nothing of the package.
+list.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from llama2_lora.packages import missing_package_named
 
 # Worst first. fatal: an error that no mode overrules; unknown: it could not be checked.
 LEVELS = ("fatal", "error", "warning", "unknown", "note", "ok")
@@ -63,7 +65,8 @@ def count(findings: Iterable[Finding]) -> str:
 
 def show(findings: Iterable[Finding], least: str = "note") -> None:
     """Print those of at least this level, worst first, a line each; in colour on a terminal."""
-    from rich.console import Console  # not where findings are only made: a bare clone has no rich
+    with missing_package_named():  # not at the top: where findings are only made, a bare clone has no rich
+        from rich.console import Console
 
     console = Console(soft_wrap=True)
     for finding in at_least(worst_first(findings), least):

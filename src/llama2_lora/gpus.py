@@ -1,7 +1,7 @@
 """GPUs by name: memory, peak rates, links, number formats. Data sheet values, dense (no sparsity); one line a part.
 
 Memory is what nvidia-smi or rocm-smi reports for the part, in MiB, which is what a process can at most allocate. Rates:
-NVIDIA H100, H200 and H200 NVL, DGX B200, DGX B300, GB200 NVL72 and GB300 NVL72 data sheets; AMD Instinct MI300X, MI325X,
+NVIDIA H100, H200, H200 NVL and GH200, DGX B200, DGX B300, GB200 NVL72 and GB300 NVL72 data sheets; AMD Instinct MI300X, MI325X,
 MI350X and MI355X data sheets. Link: GB/s in one direction between two GPUs of one scale-up domain (NVLink, Infinity Fabric).
 Formats: Transformer Engine 2.9, pytorch/quantization.py, check_mxfp8_support and check_nvfp4_support (compute capability 10.0).
 """
@@ -39,6 +39,7 @@ ACCELERATORS = {a.name: a for a in (
     Accelerator("H100", 80, 81_559, 3.35, 989, 1979, None, 450, 8, "Hopper", True, False, False),
     Accelerator("H200", 141, 143_771, 4.8, 989, 1979, None, 450, 8, "Hopper", True, False, False),
     Accelerator("H200-NVL", 141, 143_771, 4.8, 835, 1671, None, 450, 4, "H200-NVL", True, False, False),
+    Accelerator("GH200", 96, 97_871, 4.0, 989, 1979, None, 450, 4, "GH200", True, False, False),
     Accelerator("B200", 180, 183_359, 7.7, 2250, 4500, 9000, 900, 8, "Blackwell", False, True, True),
     Accelerator("B300", 288, 275_040, 7.7, 2250, 4500, 13_500, 900, 8, "B300", False, True, True),
     Accelerator("GB200", 192, 189_471, 8.0, 2500, 5000, 10_000, 900, 72, "Blackwell", False, True, True),

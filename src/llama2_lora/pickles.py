@@ -10,8 +10,10 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import resource
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,6 +38,9 @@ INDEX_NAMES = re.compile(
 )
 # Entries of the zip file that torch.save writes. Others, such as constants.pkl, turn torch.load into another loader.
 ZIP_ENTRY = re.compile(r"[^/]+/(data\.pkl|byteorder|version|\.format_version|\.storage_alignment|(\.data|data)/\w+)")
+
+SPARE_BYTES = 256 << 20  # of memory, beside the values of a pickle
+VALUE_BYTES = 64  # that the value of one byte may take: a small number and its place in a list; an empty dict
 
 
 class Recorded:
@@ -75,29 +80,22 @@ def load(file: BinaryIO, allowed: re.Pattern[str]) -> Any:
     reader = _Recorder(file)
     reader.allowed = allowed
     try:
-        return reader.load()
+        with _memory_for(file):
+            return reader.load()
     except _Refused as refused:
         raise ValueError(str(refused)) from None
     except Exception as error:  # of a dozen types, whatever the opcode that met wrong bytes raises
         raise ValueError(f"it is a damaged pickle ({type(error).__name__}: {error})") from None
 
 
-def check_torch_file(path: Path, te_state: bool = False) -> None:
+def check_torch_file(path: Path) -> None:
     """ValueError, which names the file, where torch.load of it could do more than to build tensors and plain values."""
     try:
-        check_torch_bytes(Path(path).read_bytes(), te_state)
+        for name, content in _entries(Path(path).read_bytes()):
+            if name.endswith("/data.pkl"):
+                load(io.BytesIO(content), TORCH_NAMES)
     except ValueError as problem:
         raise ValueError(f"{path}: {problem}") from None
-
-
-def check_torch_bytes(data: bytes, te_state: bool = False) -> None:
-    """`check_torch_file` of a file's bytes, or of an object's in a torch.distributed checkpoint.
-
-    te_state: it is an `_extra_state`. Transformer Engine unpickles the bytes of a tensor in it, so they are looked at, too.
-    """
-    for name, content in _entries(data):
-        if name.endswith("/data.pkl") or (te_state and "/data/" in name and content):
-            load(io.BytesIO(content), TORCH_NAMES)
 
 
 def _entries(data: bytes) -> list[tuple[str, bytes]]:
@@ -114,6 +112,30 @@ def _entries(data: bytes) -> list[tuple[str, bytes]]:
     if unknown := [name for name in names if not ZIP_ENTRY.fullmatch(name)]:
         raise ValueError(f"it holds {unknown[0][:120]!r}, which torch.save does not write")
     return entries
+
+
+@contextmanager
+def _memory_for(file: BinaryIO) -> Iterator[None]:
+    """No more memory for this process than the values of such a file can need.
+
+    A pickle of ten bytes can ask for a memo of 64 GiB, which CPython fills with zeros. So it ends in a MemoryError.
+    """
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + SPARE_BYTES + VALUE_BYTES * _rest_bytes(file)
+    if soft == resource.RLIM_INFINITY or limit < soft:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _rest_bytes(file: BinaryIO) -> int:
+    here = file.tell()
+    size = file.seek(0, io.SEEK_END) - here
+    file.seek(here)
+    return size
 
 
 class _Refused(Exception):

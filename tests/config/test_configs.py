@@ -43,7 +43,7 @@ def test_page_lists_nothing_else() -> None:
 def test_form(config: Path) -> None:
     lines = config.read_text().splitlines()
     assert len(lines) <= 25
-    assert re.fullmatch(rf"#   source {config.name} && sbatch .*run\.sub|#   scripts/rehearse\.sh", lines[1])
+    assert re.fullmatch(rf"#   source {config.name} && sbatch .*run\.sub|#   scripts/rehearse\.sh( --gpu)?", lines[1])
     exported = {name for line in lines if line.startswith("export ") for name in re.findall(r"\b([A-Z][A-Z0-9_]+)=", line)}
     assert not exported & {"DGXNNODES", "DGXNGPU", "MINIBS"}, "they follow from DGXSYSTEM"
 

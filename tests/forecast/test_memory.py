@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llama2_lora.config.settings import Settings
-from llama2_lora.forecast.memory import Memory, Software, layer_activations, memory_per_gpu, what_would_fit
+from llama2_lora.forecast.memory import Memory, Software, layer_activations, memory_per_gpu, restore_bytes, what_would_fit
 from llama2_lora.gpus import ACCELERATORS, accelerator_of
 from llama2_lora.llama2 import LLAMA2_70B
 
@@ -96,6 +96,18 @@ def test_evaluation_counts_where_it_needs_more_than_a_step() -> None:
     used = sum(gigabytes(step, word) for word in ("activations", "logits", "working set"))
     assert gigabytes(many, "evaluation") == pytest.approx(64 * a_row - used, rel=1e-6)
     assert many.total > step.total
+    cut, whole = (account("H200", 1, 8, 2, CP="2", VAL_MBS="64", VAL_CP=cp, **FP8) for cp in ("2", "1"))
+    half = 32 * a_row  # of 64 rows
+    assert gigabytes(whole, "evaluation") - gigabytes(cut, "evaluation") == pytest.approx(half, rel=1e-6)
+
+
+def test_restoring_needs_one_layer_above_the_weights() -> None:
+    """All layers at once would be 68 GB a GPU at TP 4; one layer has 8192 * (10,240 + 8,192 + 3 * 28,672) weights."""
+    a_layer = 2 * 8192 * (10_240 + 8_192 + 3 * 28_672) / 4
+    fp8 = settings(1, 8, 4, TP="4", SP="1", FP8="1", FP8_PARAMS="1")
+    assert restore_bytes(fp8, LLAMA2_70B) == 2 * a_layer
+    assert restore_bytes(settings(1, 8, 4, TP="4", SP="1"), LLAMA2_70B) == a_layer
+    assert gigabytes(account("H100", 1, 8, 4, TP="4", SP="1", FP8="1", FP8_PARAMS="1"), "restoring") == 0  # a step needs more
 
 
 # Each of them trained in a published round. The account with the software of this project may be larger.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import rich  # noqa: F401  preflight.py prints with it: without it there is nothing to test here
 
 from helpers import ROOT
 from helpers.training_runs import Tiny, clean_environment
@@ -176,6 +177,7 @@ def test_only_configs_are_sourced(tmp_path: Path) -> None:
 
 
 def test_an_unknown_picture_format_is_wrong_usage(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     done = preflight(H100, "--plot", tmp_path / "x.foo")
     assert done.returncode == 2
     assert "x.foo" in done.stderr
@@ -202,6 +204,7 @@ def test_cpu_rehearsal_has_no_memory_and_no_rules() -> None:
 
 
 def test_wrong_usage(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     broken = tmp_path / "config_BROKEN.sh"
     broken.write_text("source /nowhere/config_common.sh || exit 1\n")
     unwritable = preflight(H100, "--plot", tmp_path / "no folder" / "plot.png")
@@ -218,6 +221,7 @@ def test_nothing_set_is_a_no_go() -> None:
 
 
 def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     assert preflight(H100, "--plot", tmp_path / "plot.svg").returncode == 0
     text = (tmp_path / "plot.svg").read_text()
     assert text.lstrip().startswith("<?xml")
@@ -314,7 +318,7 @@ def test_a_published_layout_is_never_refused() -> None:
 
 
 def test_published_layouts_are_those_of_the_table() -> None:
-    from llama2_lora.forecast.plan import PUBLISHED_LAYOUTS
+    from llama2_lora.forecast.advice import PUBLISHED_LAYOUTS
 
     with (ROOT / "benchmarks/published_results.csv").open(newline="") as file:
         found = {(row["accelerator"], row["precision"], int(row["tp"]), int(row["cp"])) for row in csv.DictReader(file)}

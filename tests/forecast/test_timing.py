@@ -33,6 +33,7 @@ H100 = Work(accelerator=ACCELERATORS["H100"], gpus=8, minibs=4, tp=4)
 
 @pytest.fixture(scope="module")
 def fitting() -> ModuleType:
+    pytest.importorskip("scipy")
     spec = importlib.util.spec_from_file_location("fit_timing", ROOT / "benchmarks" / "fit_timing.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

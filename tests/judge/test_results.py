@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import re
@@ -23,6 +24,7 @@ from llama2_lora.judge.page import page
 from llama2_lora.judge.report import as_dict
 from llama2_lora.judge.results import Summary
 from llama2_lora.judge.run import Run
+from llama2_lora.judge.systems import accelerator_in
 
 
 def only_run(folder: Path, ruleset: str = "5.1.0") -> Run:
@@ -471,6 +473,34 @@ def test_sysjson_line_names_the_system(tmp_path: Path) -> None:
     assert only_run(tmp_path).system.accelerators == 32
 
 
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("NVIDIA Blackwell GPU (B200-SXM-180GB)", "B200"),
+        ("NVIDIA Blackwell Ultra GPU (GB300)", "GB300"),
+        ("NVIDIA H200-NVL-141GB", "H200-NVL"),
+        ("NVIDIA H200 NVL", "H200-NVL"),
+        ("NVIDIA H200-SXM5-141GB", "H200"),
+        ("NVIDIA GH200 96GB", "GH200"),
+        ("AMD Instinct MI350X", "MI350X"),
+        ("AMD Instinct MI355X 288GB HBM3e", "MI355X"),
+        ("Graphcore", ""),
+    ],
+)
+def test_part_in_a_description(text: str, part: str) -> None:
+    assert accelerator_in(text) == part
+
+
+@pytest.mark.parametrize(
+    ("platform", "parts"),
+    [("4xXE9712x4GB200", 16), ("2xXE9680x8H100-SXM-80GB", 16), ("2xNVIDIA GB200", 8), ("8xH100 box", None)],
+)
+def test_size_in_a_platforms_name(tmp_path: Path, platform: str, parts: int | None) -> None:
+    """Only where the name says both numbers, or the part has trays of four."""
+    save(tmp_path, run_lines(config_filename=None, submission_platform=platform))
+    assert only_run(tmp_path).system.accelerators == parts
+
+
 def test_unknown_system_has_no_mfu(tmp_path: Path) -> None:
     save(tmp_path, run_lines(config_filename=None))
     assert only_run(tmp_path).mfu() is None
@@ -504,3 +534,14 @@ def test_logging_stays_as_it_was(tmp_path: Path) -> None:
     judge(write_result(tmp_path), "5.1.0")
     assert logging.root.manager.disable == logging.NOTSET
     assert mlp_compliance.yaml.__name__ == "yaml"
+
+
+def test_envelope_is_what_its_script_makes() -> None:
+    """benchmarks/envelope.py, on the curves beside it, gives the file that the package holds, to the letter."""
+    spec = importlib.util.spec_from_file_location("envelope", ROOT / "benchmarks/envelope.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    held = made.TARGET.read_text()
+    assert made.text() == held
+    assert "18,fp8,v5.0,other" in held  # no published run of GBS 18 kept the rules' schedule
+    assert "16,fp8,v4.1 v5.0 v5.1,rules,1920,50,50" in held  # 20 of 70 runs evaluated at 1,536 already: left out

@@ -36,7 +36,7 @@ class Job:
     def nodes(self) -> list[str]:
         return self.cluster.run("scontrol", "show", "hostnames", self.show()["NodeList"]).stdout.split()
 
-    def wait(self, timeout: float = 60) -> int:
+    def wait(self, timeout: float = 180) -> int:
         """Exit status once the job has ended; a job that a signal ended has 128 + signal."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.wait_for(lambda: self.show()["JobState"] in ended, timeout)
@@ -89,11 +89,11 @@ class Cluster:
     ) -> Job:
         """`source CONFIG && sbatch -N $DGXNNODES -t $WALLTIME run.sub` with these variables exported after the config."""
         output = results.parent / f"{results.name}.out"
-        names = " ".join(f'{name}="${{_{name}}}"' for name in variables)
+        names = " ".join(f'{name}="${{V{i}}}"' for i, name in enumerate(variables))
         line = (
             f'source "{HERE}/config_CPU_2x2x4.sh"; export {names}; exec sbatch --parsable -N "$DGXNNODES" -t "$WALLTIME" "$@"'
         )
-        hidden = {f"_{name}": value for name, value in variables.items()}
+        hidden = {f"V{i}": value for i, value in enumerate(variables.values())}
         command = ["bash", "-c", line, "submit", f"--output={output}", *options, str(script)]
         done = self.run(*command, user=user, folder=folder, **hidden)
         assert done.returncode == 0, done.stderr
@@ -199,7 +199,7 @@ def make_image(folder: Path, mounts: list[tuple[str, str]], **more: str) -> None
     python.write_text('#!/bin/sh\nexec /workspace/ft-llm/tests/launch/bin/python "$@"\n')
     python.chmod(0o755)
     environment = os.environ | {"LOGIN_PROFILE": str(folder / "etc/profile.d/llama2_lora.sh")}
-    subprocess.run([ROOT / "scripts/install_image.sh", "login", "/opt/llama2_lora"], check=True, env=environment)
+    subprocess.run([ROOT / "scripts/lib/install_image.sh", "login", "/opt/llama2_lora"], check=True, env=environment)
 
 
 def make_files(folder: Path) -> None:

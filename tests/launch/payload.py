@@ -52,6 +52,7 @@ def main() -> int:
     log.init_stop()
     log.run_start()
     log.block_start(0)
+    wait_for_rank_0(rank, "started")
     misbehave(what, rank)
     log.block_stop(0)
     if what != "silent":
@@ -59,7 +60,17 @@ def main() -> int:
         log.eval_accuracy(0.95 if what == "missed" else 0.92, 16)
         log.eval_stop(16)
     log.run_stop(what != "missed", 16)
+    wait_for_rank_0(rank, "ended")
     return int(what == "missed")
+
+
+def wait_for_rank_0(rank: int, what: str) -> None:
+    """The ranks of a training go together: none may end the run before rank 0 has written what it has to say."""
+    flag = Path(os.environ["RESULTS_PATH"]) / f".{os.environ['SEED']}_{what}"
+    if rank == 0:
+        flag.touch()
+    while not flag.exists():
+        time.sleep(0.05)
 
 
 def misbehave(what: str, rank: int) -> None:

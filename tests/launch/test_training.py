@@ -22,7 +22,10 @@ def make_one_token_data(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for name, rows in (("train.npy", TRAIN_ROWS), ("validation.npy", VALIDATION_ROWS)):
         ids = np.full((rows, SEQUENCE), TOKEN, np.uint16)
-        packed.write_split(folder / name, ids, np.ones_like(ids, dtype=np.uint8))
+        mask = np.ones_like(ids, dtype=np.uint8)
+        if name == "validation.npy":  # no training row may be among them: another last token, which is not scored
+            ids[:, -1], mask[:, -2:] = TOKEN + 1, 0
+        packed.write_split(folder / name, ids, mask)
     packed.write_manifest(folder, SEQUENCE, VOCAB, "tests", "none")
 
 

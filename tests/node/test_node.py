@@ -260,6 +260,7 @@ def test_clocks_of_two_processes():
 
 
 def test_the_command_on_this_machine(tmp_path: Path):
+    pytest.importorskip("rich")
     make_data(tmp_path)
     for name in ("context/model.yaml", "weights/metadata.json"):
         (tmp_path / name).parent.mkdir()

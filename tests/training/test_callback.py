@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from helpers import ROOT
+from helpers.environments import VALID
 from helpers.training_runs import TRAIN_ROWS, VALIDATION_ROWS, Tiny, clean_environment, events, free_port, train_here, values
+from llama2_lora.config.settings import Settings
 
 LAUNCH = {
     "RANK": "0",
@@ -108,6 +110,12 @@ def test_curves_are_tracked(log: str) -> None:
     assert len(rates) == 6
     assert rates[-1] == 0
     assert max(rates) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(("loss", "reached"), [(0.9249, True), (0.925, True), (0.9251, False), (float("nan"), False)])
+def test_the_target_itself_is_reached(loss: float, reached: bool) -> None:
+    """Rules §9.4: at most 0.925."""
+    assert Settings.from_env(VALID).evaluation.reached(loss) is reached
 
 
 if __name__ == "__main__":

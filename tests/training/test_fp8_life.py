@@ -5,6 +5,7 @@ One run on one rank with FP8 weights, watched at every station; what was seen is
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import json
@@ -29,6 +30,7 @@ def worker(environment: dict[str, str], file: Path) -> None:
     from llama2_lora.training.cpu import cpu_platform
 
     report: dict[str, Any] = {"inference_mode": [], "dequantized_peak": 0, "moved": 0}
+    watch_compilation(report)
     with cpu_platform():
         import lightning.pytorch.loops.utilities as loops
         import nemo.lightning  # noqa: F401  Megatron's modules in their order
@@ -46,6 +48,27 @@ def worker(environment: dict[str, str], file: Path) -> None:
     with patch.object(loops, "dist", SimpleNamespace(get_backend=lambda: "nccl")):
         train_here(environment)
     file.write_text(json.dumps(report))
+
+
+def watch_compilation(report: dict[str, Any]) -> None:
+    """Graphs that torch.compile has made when the clock starts, and when it stops. It traces, and runs what it traced as it is:
+    the pretended device has no code generator, for which the CPU platform turns torch.compile off."""
+    from torch._dynamo.utils import counters
+
+    from llama2_lora.mlperf_log import MLPerfLog
+    from llama2_lora.training.cpu import device
+
+    torch.compile = functools.partial(torch.compile, backend="eager")  # before Megatron decorates its small fusions
+    stand_ins = device.stand_ins
+    device.stand_ins = lambda capability: (found for found in stand_ins(capability) if found[1] != "disable")
+    for name in ("run_start", "run_stop"):
+        event = getattr(MLPerfLog, name)
+
+        def counted(self: Any, *arguments: Any, name: str = name, event: Any = event) -> None:
+            report[f"graphs at {name}"] = counters["stats"]["unique_graphs"]
+            event(self, *arguments)
+
+        setattr(MLPerfLog, name, counted)
 
 
 def fp8_weights(module: torch.nn.Module) -> dict[str, Any]:
@@ -215,6 +238,12 @@ def test_evaluations_run_in_the_mode_of_the_warm_up(ran: tuple[str, dict[str, An
     modes = ran[1]["inference_mode"]
     assert len(modes) > 1  # the warm-up's and the run's
     assert not any(modes)
+
+
+def test_nothing_is_compiled_on_the_clock(ran: tuple[str, dict[str, Any]]) -> None:
+    report = ran[1]
+    assert report["graphs at run_start"] >= 2  # with gradients and without
+    assert report["graphs at run_stop"] == report["graphs at run_start"]
 
 
 def test_teardown_leaves_the_weights_where_and_what_they_are(ran: tuple[str, dict[str, Any]]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from llama2_lora.config.settings import Settings
 from llama2_lora.config.shell import source
 from llama2_lora.forecast import measured
 from llama2_lora.forecast.measured import Names
-from llama2_lora.training import measure_device
+from llama2_lora.training import measure_device, measure_ring
 from llama2_lora.training.measure_device import Device, device_of
 
 COMMAND = [sys.executable, ROOT / "scripts/measure.py"]
@@ -27,7 +29,7 @@ H100 = ROOT / "config_DGXH100_1x8x4.sh"
 
 def run(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*COMMAND, *map(str, arguments)], cwd=folder, env=clean_environment(), capture_output=True, text=True, timeout=300
+        [*COMMAND, *map(str, arguments)], cwd=folder, env=clean_environment(), capture_output=True, text=True, timeout=550
     )
 
 
@@ -86,6 +88,24 @@ def test_a_few_layers_in_fp8_over_a_world_of_eight(tmp_path: Path) -> None:
     weights = 2 * 128 * (192 + 128 + 3 * 384) / 2  # of two layers, over TP=2, a byte each
     assert sizes[Names.LINEAR] == pytest.approx(weights, rel=0.01)
     assert sizes[Names.COPIES] == pytest.approx(weights, rel=0.01)  # a pretended Hopper keeps transposes
+
+
+def test_the_gpu_rehearsals_settings_run(tmp_path: Path) -> None:
+    """FP8 weights, MBS 1 and all else of config_common_rehearsal.sh, with the emulated kernels."""
+    config = tmp_path / "config_GPU_1x1x8.sh"
+    config.write_text(f"source {ROOT}/config_GPU_1x1x8.sh\nexport PLATFORM=cpu\n")
+    done = run(config, "--layers", "2", "--steps", "1", "--output", "gpu.json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = measured.read(tmp_path / "gpu.json")
+    assert found.complete
+    assert found.finite
+    assert Names.COPIES in {item.name for item in found.memory.items}
+
+
+def test_the_rings_function_is_the_one_that_was_read() -> None:
+    """With another Transformer Engine nothing would be replaced, and values of a measurement with CP would be garbage."""
+    module = importlib.import_module(measure_ring.MODULE)
+    assert measure_ring.source_hash(getattr(module, measure_ring.NAME)) == measure_ring.SOURCE
 
 
 def test_ctrl_c_leaves_no_process_and_the_figures_so_far(tmp_path: Path) -> None:
@@ -163,6 +183,10 @@ def session(device: Device, config: Path = H100, layers: int | None = None):
     return Session(Settings.from_env(source(config)), device, layers, 1, Path("unused.json"))
 
 
+def texts(found: Any) -> list[str]:
+    return [finding.text for finding in found.findings]
+
+
 def test_what_does_not_fit_says_what_makes_room() -> None:
     with pytest.raises(
         ValueError, match=r"^does not fit NVIDIA L40S: one rank needs about \d\d\.\d GB, there are 48\.0; "
@@ -178,14 +202,13 @@ def test_more_layers_than_a_rank_has() -> None:
 
 def test_another_part_is_measured_and_named() -> None:
     found = session(Device("NVIDIA H200", "H200", 150_000_000_000, "13.0"))
-    assert [finding.text for finding in found.findings] == [
-        "the config names H100, this is NVIDIA H200: measured as it is, nothing is scaled"
-    ]
+    assert "the config names H100, this is NVIDIA H200: measured as it is, nothing is scaled" in texts(found)
     assert found.account.capacity == pytest.approx(150e9, rel=1e-4)
 
 
 def test_the_part_that_the_config_names_needs_no_word() -> None:
-    assert session(Device("NVIDIA H100 80GB HBM3", "H100", 85_520_809_984, "13.0")).findings == []
+    found = session(Device("NVIDIA H100 80GB HBM3", "H100", 85_520_809_984, "13.0"))
+    assert texts(found) == ["TP_COMM_OVERLAP: userbuffers need the other ranks; measured without them"]
 
 
 def test_the_file_is_strict_json(default: tuple) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -140,6 +141,7 @@ def test_the_target_ends_the_run_and_the_adapter_is_saved(tiny: Tiny, tmp_path: 
     changes = {"TARGET_LOSS": "9", "SAVE_ADAPTER": "1", "DGXNGPU": "2", "TP": "2", "SP": "1", "MAX_STEPS": "20"}
     done = run_training(tiny.environment(tmp_path, **changes), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "GPU available" not in done.stdout + done.stderr, "libraries are quiet; and there is no GPU"
     assert len(events(done.stdout, "eval_accuracy")) == 1
     assert events(done.stdout, "run_stop")[0]["metadata"]["status"] == "success"
     assert sorted(path.name for path in (tmp_path / "adapter_1").iterdir()) == ["adapter.json", "adapter.safetensors"]
@@ -259,15 +261,15 @@ def test_sigterm_ends_a_run_with_status_1(tiny: Tiny, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_frozen_rank_ends_the_run_and_is_named(tiny: Tiny, tmp_path: Path, rank: int) -> None:
-    """With the limit of two minutes made one of eight seconds."""
+    """With the limit of two minutes made one of twenty seconds."""
     quick = "import llama2_lora.training.cpu as c; exec('with c.cpu_platform(): from llama2_lora.training import watch')"
-    quick += "; watch.BEAT_SECONDS, watch.SILENT_SECONDS = 1, 8"
+    quick += "; watch.BEAT_SECONDS, watch.SILENT_SECONDS = 1, 20"
     process = start(tiny.environment(tmp_path, DGXNGPU="2", MINIBS="4", **ENDLESS), 2, quick)
     wait_for(process, '"train_loss"')
     os.kill(rank_process(process.pid, rank=rank), signal.SIGSTOP)
     out, err = finish(process)
     assert process.returncode != 0
-    assert f"error: rank {rank} has been frozen for 8 s" in err
+    assert f"error: rank {rank} has been frozen for 20 s" in err
     if rank == 1:  # rank 0 writes the log: where it is frozen, the launcher closes it
         assert [event["metadata"]["status"] for event in events(out, "run_stop")] == ["aborted"]
 
@@ -299,3 +301,31 @@ def test_an_adapter_without_a_gradient_ends_the_run_at_the_first_step(tiny: Tiny
     assert "4 of 4 adapters get no gradient, the first of them decoder.layers.0.self_attention.linear_qkv" in errors(done)[0]
     assert len(events(done.stdout, "train_loss")) == 1
     assert [event["metadata"]["status"] for event in events(done.stdout, "run_stop")] == ["aborted"]
+
+
+def test_torchrun_by_hand_ends_a_missed_target_with_a_line(tiny: Tiny, tmp_path: Path) -> None:
+    environment = tiny.environment(tmp_path, DGXNGPU="2", MINIBS="4", MAX_STEPS="2")
+    done = subprocess.run(
+        [ROOT / "scripts/torchrun.py", "--standalone", "--nproc-per-node=2", "--no-python", ROOT / "scripts/run_and_time.sh"],
+        env=clean_environment(**environment),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 1
+    assert [event["metadata"]["status"] for event in events(done.stdout, "run_stop")] == ["aborted"]
+    assert re.search(r"^torchrun.py: rank [01] ended with status 1$", done.stderr, flags=re.M)
+    assert "ChildFailedError" not in done.stderr
+    assert len(done.stderr.splitlines()) < 10, done.stderr
+
+
+def test_torchrun_by_hand_keeps_the_status_of_wrong_settings(tiny: Tiny, tmp_path: Path) -> None:
+    environment = tiny.environment(tmp_path, MBS="3")
+    done = subprocess.run(
+        [ROOT / "scripts/torchrun.py", "--standalone", "--nproc-per-node=1", "--no-python", ROOT / "scripts/run_and_time.sh"],
+        env=clean_environment(**environment),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 2

@@ -354,6 +354,30 @@ def test_repository_in_the_hubs_cache_is_used_offline(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("place", ["", "Llama-2-70b-hf", "meta-llama/Llama-2-70B-hf"])
+def test_hf_home_may_be_the_folder_of_the_checkpoint_itself(tmp_path, place):
+    """The command as it is documented: no --source."""
+    write_llama(tmp_path / "home" / place)
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = script("--output_path", tmp_path / "out", **environment)
+    assert done.returncode == 0, done.stderr
+    assert read_shape(tmp_path / "out") == TINY
+
+
+@pytest.mark.parametrize("spelling", ["70b", "70B"])
+def test_llama_2_70b_is_found_under_both_spellings(tmp_path, spelling):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / f"home/hub/models--meta-llama--Llama-2-{spelling}-hf"
+    write_llama(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    for number, arguments in enumerate(((), ("--source", "meta-llama/Llama-2-70B-hf"))):
+        done = script("--output_path", tmp_path / f"out{number}", *arguments, **environment)
+        assert done.returncode == 0, done.stderr
+        assert f"--revision {commit}\n" in done.stdout
+
+
 def test_repository_is_downloaded_once(tmp_path):
     repository = files(write_llama(tmp_path / "hf", shards=2)) | {
         "pytorch_model.bin": b"not needed",

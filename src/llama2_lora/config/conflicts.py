@@ -106,6 +106,31 @@ def overlap_needs_sequence_parallel(s: Settings) -> str | None:
 
 
 @rule
+def evaluation_has_the_layout_or_whole_rows(s: Settings) -> str | None:
+    if s.parallel.evaluation_cp in (1, s.parallel.cp):
+        return None
+    return f"VAL_CP={s.parallel.validation_cp}: must be 1 or CP={s.parallel.cp}; unset it to evaluate as training does"
+
+
+@rule
+def whole_rows_need_one_stage_and_no_overlap(s: Settings) -> str | None:
+    if s.parallel.evaluation_cp == s.parallel.cp:
+        return None
+    if s.parallel.pp > 1:
+        return f"VAL_CP=1: needs PP=1, not {s.parallel.pp}: stages pass on tensors of training's size; unset it"
+    if s.performance.tp_comm_overlap:
+        return f"VAL_CP=1: contradicts TP_COMM_OVERLAP=1 at CP={s.parallel.cp}: userbuffers have one size; unset one of them"
+    return None
+
+
+@rule
+def gathered_keys_exclude_fp8_attention(s: Settings) -> str | None:
+    if s.parallel.cp > 1 and s.parallel.cp_exchange == "all_gather" and s.precision.fp8_attention:
+        return "CP_COMM=all_gather: contradicts FP8_DPA=1: Transformer Engine 2.9 gathers no FP8 keys; set CP_COMM=a2a or p2p"
+    return None
+
+
+@rule
 def all_ranks_are_launched(s: Settings) -> str | None:
     world, system = s.system.world_size, s.system
     if world in (None, system.nodes * system.gpus_per_node):
@@ -276,11 +301,16 @@ def one_profiler(s: Settings) -> str | None:
     return None
 
 
-@rule
-def observed_on_a_gpu(s: Settings) -> str | None:
-    if s.system.platform == "cpu" and (s.observe.nsys_steps or s.observe.memory_step):
-        return "OBSERVE_NSYS, OBSERVE_MEMORY: need PLATFORM=gpu; on a CPU, OBSERVE_PROFILE and OBSERVE_STEP_TIMES serve"
-    return None
+def observed_on_a_gpu(variable: str) -> Rule:
+    def check(s: Settings) -> str | None:
+        if s.system.platform == "gpu" or not s.value(variable):
+            return None
+        return f"{variable}={s.value(variable)}: needs PLATFORM=gpu; on a CPU, OBSERVE_PROFILE and OBSERVE_STEP_TIMES serve"
+
+    return check
+
+
+RULES += [observed_on_a_gpu(variable) for variable in ("OBSERVE_NSYS", "OBSERVE_MEMORY")]
 
 
 # ---- Rules of the closed division ------------------------------------------------------------------------------------

@@ -10,41 +10,19 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, fields
 from typing import Any, get_type_hints
 
 from llama2_lora.config import conflicts, rules, schedule
-from llama2_lora.config.values import parse_group, window
+from llama2_lora.config.values import SettingsError, parse_group, window
+from llama2_lora.config.values import setting as _setting
 from llama2_lora.gpus import ACCELERATORS
 
 INT32 = 2**31 - 1
 
 
-class SettingsError(ValueError):
-    """Every problem of an environment, one per line: variable, value, rule, fix."""
-
-    def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = tuple(problems)
-        super().__init__("\n".join(self.problems))
-
-
-# scripts/launcher.sh finds the variables that training reads by `_setting("NAME"` in this file: keep both on a field's line.
-def _setting(
-    variable: str,
-    default: Any = MISSING,
-    doc: str = "",
-    *,
-    unit: str = "",
-    choices: tuple[str, ...] = (),
-    low: float | None = None,
-    high: float | None = None,
-    beside: str = "",  # required where this variable is set
-) -> Any:
-    metadata = dict(variable=variable, doc=doc, unit=unit, choices=choices, low=low, high=high, beside=beside)
-    return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
-
-
+# scripts/lib/launcher.sh finds the variables that training reads by `_setting("NAME"` in this file: keep both on a field's line.
 # fmt: off
 @dataclass(frozen=True, kw_only=True, slots=True)
 class System:
@@ -79,12 +57,17 @@ class Parallel:
     tp: int = _setting("TP", 1, "Tensor parallel size", low=1)
     pp: int = _setting("PP", 1, "Pipeline parallel size", low=1)
     cp: int = _setting("CP", 1, "Context parallel size", low=1)
-    cp_exchange: str = _setting("CP_COMM", "p2p", "How context-parallel ranks share attention: keys and values around a ring, or heads for tokens all to all", choices=("p2p", "a2a"))
+    cp_exchange: str = _setting("CP_COMM", "p2p", "How attention meets all keys under CP: `p2p` in a ring behind the products; `a2a` trades tokens for heads, two exchanges a pass: wins where CP is inside NVLink, needs CP * TP to divide the KV heads; `all_gather`: needs FP8_DPA=0", choices=("p2p", "a2a", "all_gather"))
+    validation_cp: int | None = _setting("VAL_CP", None, "Context parallel size of the evaluation, CP or 1: with 1 a rank evaluates whole rows of its own and exchanges nothing; wins where 173 rows fill the ranks; excludes TP_COMM_OVERLAP; default: CP", low=1)
     sequence_parallel: bool = _setting("SP", False, "Sequence parallelism over the TP group")
 
     @property
     def model_parallel_size(self) -> int:
         return self.tp * self.pp * self.cp
+
+    @property
+    def evaluation_cp(self) -> int:
+        return self.cp if self.validation_cp is None else self.validation_cp
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,6 +218,11 @@ class Settings:
     def data_parallel_size(self) -> int:
         s, p = self.system, self.parallel
         return schedule.data_parallel_size(s.nodes, s.gpus_per_node, p.tp, p.pp, p.cp)
+
+    @property
+    def validation_data_parallel_size(self) -> int:
+        """Ranks that evaluate rows of their own."""
+        return self.data_parallel_size * self.parallel.cp // self.parallel.evaluation_cp
 
     @property
     def global_batch_size(self) -> int:

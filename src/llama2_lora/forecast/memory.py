@@ -101,12 +101,14 @@ def memory_per_gpu(settings: Settings, shape: LlamaShape, accelerator: Accelerat
 
 def items(settings: Settings, shape: LlamaShape, accelerator: Accelerator, software: Software) -> tuple[Item, ...]:
     micro = settings.batch.micro
-    step = [*_activations(settings, shape, software), _logits(settings, shape, micro), _working_set(settings, shape, micro)]
+    tokens = settings.batch.sequence_length / settings.parallel.cp * micro
+    step = [*_activations(settings, shape, software), _logits(settings, shape, tokens), _working_set(settings, shape, tokens)]
     found = [
         *_weights(settings, shape, accelerator, software),
         *_adapter(settings, shape),
         *step,
         _evaluation(settings, shape, sum(item.bytes for item in step)),
+        _restore(settings, shape, sum(item.bytes for item in step)),
     ]
     slack = ALLOCATOR_SLACK * sum(item.bytes for item in found)
     found += [Item("allocator slack", slack, "E"), *_libraries(settings, shape)]
@@ -203,17 +205,14 @@ def _activations(settings: Settings, shape: LlamaShape, software: Software) -> l
     ]
 
 
-def _logits(settings: Settings, shape: LlamaShape, micro: int) -> Item:
+def _logits(settings: Settings, shape: LlamaShape, tokens: float) -> Item:
     """bf16 logits, their fp32 copy, the softmax kept for the backward, and the bf16 gradient."""
-    tokens = settings.batch.sequence_length / settings.parallel.cp * micro
     return Item("logits and cross entropy", (2 * BF16 + 2 * FP32) * tokens * shape.vocab / settings.parallel.tp, "M")
 
 
-def _working_set(settings: Settings, shape: LlamaShape, micro: int) -> Item:
+def _working_set(settings: Settings, shape: LlamaShape, tokens: float) -> Item:
     """Of the largest layer backward, the MLP: gradients of fc1's output twice, and four tensors of the width h."""
-    layout = settings.parallel
-    tokens = settings.batch.sequence_length / layout.cp * micro
-    size = 2 * BF16 * tokens * 2 * shape.ffn / layout.tp + 4 * BF16 * tokens * shape.hidden
+    size = 2 * BF16 * tokens * 2 * shape.ffn / settings.parallel.tp + 4 * BF16 * tokens * shape.hidden
     return Item("working set of one layer", size, "E")
 
 
@@ -221,8 +220,21 @@ def _evaluation(settings: Settings, shape: LlamaShape, step_bytes: float) -> Ite
     """What an evaluation needs above a training step. It keeps no activations: one layer's and the logits, which are
     counted as in training, though there is no gradient."""
     micro = settings.batch.validation_micro
-    needed = _logits(settings, shape, micro).bytes + _working_set(settings, shape, micro).bytes
+    tokens = settings.batch.sequence_length / settings.parallel.evaluation_cp * micro
+    needed = _logits(settings, shape, tokens).bytes + _working_set(settings, shape, tokens).bytes
     return Item(f"evaluation with VAL_MBS={micro}, beyond a step", max(0.0, needed - step_bytes), "E")
+
+
+def restore_bytes(settings: Settings, shape: LlamaShape) -> float:
+    """What restoring needs above the weights: one layer in bf16, as it is loaded, and where the weights are FP8 once more,
+    as Megatron's copy of them (training/restore.py)."""
+    copies = 2 if settings.precision.fp8_weights else 1
+    return copies * BF16 * linear_parameters(shape) / shape.layers / settings.parallel.tp
+
+
+def _restore(settings: Settings, shape: LlamaShape, step_bytes: float) -> Item:
+    """The same, beyond a training step, which comes when it is over."""
+    return Item("restoring the weights, beyond a step", max(0.0, restore_bytes(settings, shape) - step_bytes), "M")
 
 
 def _libraries(settings: Settings, shape: LlamaShape) -> list[Item]:

@@ -58,6 +58,7 @@ FITTED = Constants(
     efficiency={
         "Hopper": 0.549,
         "H200-NVL": 0.587,
+        "GH200": 0.443,
         "Blackwell v4.1": 0.466,
         "Blackwell v5.0": 0.499,
         "Blackwell v5.1": 0.618,
@@ -91,7 +92,9 @@ HELD_OUT_ERROR = {
     "fp4": 0.08,
     "B300": 0.06,
     "MI355X": 0.06,
+    "MI350X": 0.10,  # by MI355X's efficiency: no entry of its own
     "GB300": 0.10,
+    "GH200": 0.15,
     "H200-NVL": 0.10,
 }
 EVAL_ERROR = 0.10  # nine of ten of 106 left-out evaluations within 15%
@@ -232,7 +235,9 @@ def eval_seconds(work: Work, constants: Constants = FITTED) -> float:
 def error_of(work: Work) -> float:
     if not work.seen:
         return UNSEEN_ERROR
-    return HELD_OUT_ERROR.get("fp4" if work.precision == "fp4" else work.accelerator.family, UNSEEN_ERROR)
+    part = work.accelerator
+    names = ("fp4",) if work.precision == "fp4" else (part.name, part.family)
+    return next((HELD_OUT_ERROR[name] for name in names if name in HELD_OUT_ERROR), UNSEEN_ERROR)
 
 
 def forecast(work: Work, sequences: float, evaluations: float, spread: float = 0.0) -> dict[str, Interval]:
@@ -270,8 +275,9 @@ def with_neighbours(work: Work, step: float, evaluation: float | None) -> tuple[
 
     CP_LAYER_SECONDS counts in full, although a part of it, the smaller kernels, is in the measured time too.
     """
-    exposed, slower = _communication_seconds(work, FITTED), _straggling(work, FITTED)
-    whole = (step + work.minibs * exposed) * slower
+    exposed, slower = _communication_seconds(work, FITTED) / work.pp, _straggling(work, FITTED)
+    bubble = 1 + (work.pp - 1) / work.minibs  # 1F1B: a stage waits for pp - 1 micro-batches
+    whole = (step + work.minibs * exposed) * bubble * slower
     if evaluation is None:
         return whole, eval_seconds(work)
     rounds = math.ceil(rules.EVAL_SEQUENCES / work.replicas)

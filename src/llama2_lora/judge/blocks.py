@@ -77,6 +77,8 @@ def training_blocks(events: Iterable[Event], gbs: int | None) -> list[Block]:
     for event in events:
         clock.see(event)
         last_stop = event if event.key == f"{clock.kind}_stop" else last_stop
+        if event.key == "run_stop":
+            break  # a second run in the file is not this one
     if clock.opened and last_stop and last_stop.line > clock.opened.line:
         clock.reached(_end_of_last(clock.opened, last_stop, clock.position, gbs))
     return clock.blocks

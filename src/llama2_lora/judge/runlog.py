@@ -83,7 +83,6 @@ class RunLog:
     first_spaced_line: int = 0
     mllog_lines: int = 0
     last_time_ms: float = 0.0
-    last_line: bytes = b""  # of any kind: how a killed job ends
 
     _kept: Counter[str] = field(default_factory=Counter)
     _previous: Event | None = None
@@ -135,7 +134,6 @@ def read_log(path: Path) -> RunLog:
         if SYSTEM_TOKEN in row:
             log.system.update(_system(row.rpartition(SYSTEM_TOKEN)[2]))
         if TOKEN not in row:
-            log.last_line = row or log.last_line
             continue
         log.mllog_lines += 1
         for part in row.split(b"\r"):
@@ -154,7 +152,7 @@ def read_log(path: Path) -> RunLog:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, bytes, bool]]:
-    """(line number, line, whether it has an end); lines without any token are passed over, but for the last one."""
+    """(line number, line, whether it has an end); most lines without any token are passed over."""
     line, rest = 1, b""
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -172,7 +170,6 @@ def _rows(path: Path) -> Iterator[tuple[int, bytes, bool]]:
                 continue
             if TOKEN not in body and SYSTEM_TOKEN not in body:
                 line += body.count(b"\n") + 1
-                yield line - 1, body[body.rfind(b"\n") + 1 :][:1000], True
                 continue
             for row in body.split(b"\n"):
                 yield line, row, True

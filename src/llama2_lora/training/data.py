@@ -117,22 +117,24 @@ class GovReport(pl.LightningDataModule):
         expected = inspection.expected(folder, sequence_length, vocab_size, settings.system.platform == "gpu")
         self.splits = Splits(folder, expected, sequence_length, vocab_size)
         self.train_rows, self.validation_rows = expected["train.npy"].rows, expected["validation.npy"].rows
-        dp, micro = settings.data_parallel_size, settings.batch.validation_micro
+        dp, micro = settings.validation_data_parallel_size, settings.batch.validation_micro
         self.data_sampler = Sampler(settings, -(-self.validation_rows // (dp * micro)))
 
     def train_dataloader(self) -> WrappedDataLoader:
         s = self.settings
         order = training_order(self.seed, self.train_rows, s.optimization.max_steps * s.global_batch_size)
-        return self._loader("train", order, s.batch.micro)
+        return self._loader("train", order, s.batch.micro, own_rows=False)
 
     def val_dataloader(self) -> WrappedDataLoader:
         micro = self.settings.batch.validation_micro
-        order = evaluation_order(self.validation_rows, self.settings.data_parallel_size, micro)
-        return self._loader("validation", order, micro)
+        order = evaluation_order(self.validation_rows, self.settings.validation_data_parallel_size, micro)
+        return self._loader("validation", order, micro, own_rows=self.settings.parallel.evaluation_cp == 1)
 
-    def _loader(self, split: str, order: np.ndarray, micro_batch_size: int) -> WrappedDataLoader:
+    def _loader(self, split: str, order: np.ndarray, micro_batch_size: int, own_rows: bool) -> WrappedDataLoader:
+        """own_rows: context-parallel ranks take different rows, not parts of the same ones."""
         dataset = PackedRows(self.splits, split, self.settings.batch.mask_alignment)
-        rank, dp = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        rank = parallel_state.get_data_parallel_rank(with_context_parallel=own_rows)
+        dp = parallel_state.get_data_parallel_world_size(with_context_parallel=own_rows)
         batches = micro_batches(order, rank, dp, micro_batch_size)
         # No workers: a row is one read of 24 KiB, and a worker would read ahead of run_start.
         return WrappedDataLoader(mode=split, dataset=dataset, batch_sampler=batches, num_workers=0)

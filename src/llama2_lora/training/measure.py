@@ -1,9 +1,10 @@
 """One rank of a config on one device: the real model, adapter and optimizer, in a world that is pretended.
 
-    pretended()   the config, with a world of the config's size of which this process is rank 0, and without files
-    Session       one measurement, from the question to what is said of it
-    fit()         what train.py builds and starts; weights are made in place
-    Passes        warm-up, K steps, an evaluation, and again with half the layers; then what they kept and which kernels ran
+    measure_device    the GPU, or why there is none
+    pretended()       the config, with a world of the config's size of which this process is rank 0
+    Session           one measurement, from the question to what is said of it
+    measure_passes    build, warm-up, K steps, an evaluation, and again with half the layers
+    measure_memory    bytes by kind                   measure_ring    context parallelism's ring without neighbours
 
 The process group is torch's fake one: it has the config's full size and every collective returns at once, with this rank's
 own values in the place of the others'. So times are without communication, and losses mean nothing.
@@ -11,44 +12,30 @@ own values in the place of the others'. So times are without communication, and 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from megatron.core.transformer.transformer_block import TransformerBlock
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llama2_lora.config.settings import Settings
 from llama2_lora.findings import Finding
-from llama2_lora.forecast.measured import NOT_FINITE, Kernel, Measured, MeasuredMemory, Pass, deciding, write
+from llama2_lora.forecast.measured import NOT_FINITE, Measured, deciding, write
 from llama2_lora.forecast.memory import GB, Memory, memory_per_gpu, what_would_fit
 from llama2_lora.gpus import ACCELERATORS, MIB, Accelerator, accelerator_of
 from llama2_lora.judge.run import MODEL_TFLOP_PER_SEQUENCE
 from llama2_lora.llama2 import LLAMA2_70B, LlamaShape
 from llama2_lora.rehearsal import base_model
 from llama2_lora.rehearsal.data import VOCABULARY
-from llama2_lora.training import recipe
-from llama2_lora.training.data import GovReport, synthetic_batches
 from llama2_lora.training.measure_device import Device
-from llama2_lora.training.measure_memory import kept_for_backward, memory_items
-from llama2_lora.training.run import no_garbage_collection, quiet_libraries, unset_attention_choices
-from llama2_lora.training.warmup import _train_step, _validation_step, warm_up
+from llama2_lora.training.measure_passes import Passes, fit
 
-SEED = 1
-NO_DATA = "/nonexistent"  # a data set's counts are the benchmark's where there is no manifest; its rows are never read
 WARMUP_STEPS = 2  # at least: the first step compiles, allocates and makes FP8 transposes
-WEIGHT_STD = 0.02  # of frozen FP8 weights: about what Llama-2's are
-KERNELS = 40  # that a report keeps
 
 
 def pretended(settings: Settings, steps: int) -> Settings:
-    """The config as one rank of it can run alone: its world as so many nodes of one GPU, no data, no userbuffers.
+    """The config as one rank of it can run alone: its world as so many nodes of one GPU, no userbuffers.
 
     Userbuffers are memory that the GPUs of a node map from each other: alone, there is nothing to map.
     """
@@ -56,7 +43,7 @@ def pretended(settings: Settings, steps: int) -> Settings:
     return replace(
         settings,
         system=replace(system, nodes=system.nodes * system.gpus_per_node, gpus_per_node=1),
-        run=replace(settings.run, data_path=NO_DATA, save_adapter=False),
+        run=replace(settings.run, save_adapter=False),
         optimization=replace(settings.optimization, max_steps=max(steps, settings.optimization.max_steps)),
         performance=replace(
             performance,
@@ -82,7 +69,7 @@ class Session:
         self.layers = layers or stage
         self.shape = replace(whole, layers=self.layers * settings.parallel.pp)
         self.part = accelerator_of(settings.system.accelerator, settings.system.name)
-        self.findings = list(self._about_device())
+        self.findings = list(self._about_device(settings.performance.tp_comm_overlap))
         self.account = self._account(whole)
         self._refuse_what_cannot_fit()
         self.found = Measured(
@@ -116,7 +103,10 @@ class Session:
             )
         return rows
 
-    def _about_device(self) -> Iterator[Finding]:
+    def _about_device(self, overlap: bool) -> Iterator[Finding]:
+        if overlap:
+            text = "TP_COMM_OVERLAP: userbuffers need the other ranks; measured without them"
+            yield Finding("note", "measured", text)
         if self.device.capacity and self.part and self.device.accelerator != self.part.name:
             text = f"the config names {self.part.name}, this is {self.device.name}: measured as it is, nothing is scaled"
             yield Finding("warning", "measured", text)
@@ -167,131 +157,3 @@ def software(device: Device) -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = ""
     return found
-
-
-def fit(settings: Settings, shape: LlamaShape, passes: Passes) -> None:
-    """Build what train.py builds, without a checkpoint. The environment must name rank 0 of the config's world."""
-    quiet_libraries()
-    unset_attention_choices()
-    strategy = recipe.build_strategy(settings, SEED, FakeStore())
-    strategy._process_group_backend = "fake"
-    strategy.restore_config = None
-    data = GovReport(settings, SEED, shape.vocab)
-    lora = recipe.build_lora(settings, SEED)
-    model = recipe.build_model(settings, shape, lora, recipe.build_optimizer(settings), data.validation_rows)
-    trainer = recipe.build_trainer(settings, strategy, [lora, passes])
-    with no_garbage_collection():
-        trainer.fit(model, data)
-
-
-class Passes(pl.Callback):
-    """Measures when the adapter and the optimizer are there, then ends the fit before its first batch."""
-
-    def __init__(self, settings: Settings, steps: int, found: Measured, save: Callable[[], None]) -> None:
-        self.settings, self.steps, self.found, self.save = settings, steps, found, save
-
-    def __deepcopy__(self, memo: dict) -> Passes:
-        return self  # NeMo records its callbacks' arguments by copying them
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.should_stop = True
-        fill_fp8_weights(trainer.strategy.megatron_parallel)
-        started = time.perf_counter()
-        warm_up(trainer, self.settings)
-        self.found.warmup_seconds = time.perf_counter() - started
-        block = next(m for m in trainer.strategy.megatron_parallel.modules() if isinstance(m, TransformerBlock))
-        layers = len(block.layers)
-        gpu = self.settings.system.platform == "gpu"
-        if gpu:
-            torch.cuda.reset_peak_memory_stats()
-        self._time(trainer, layers)
-        peak = _peak() if gpu else None
-        self._account(trainer, layers, peak)
-        self._profile(trainer)
-        if layers < self.found.stage_layers:
-            with first_layers(block, layers // 2):
-                _train_step(trainer, self._batches(trainer))  # the allocator's blocks of another size
-                self._time(trainer, layers // 2)
-        trained = [p for p in trainer.strategy.megatron_parallel.parameters() if p.requires_grad]
-        self.found.finite = all(bool(torch.isfinite(p).all()) for p in trained)
-        self.found.complete = True
-        self.save()
-
-    def _time(self, trainer: pl.Trainer, layers: int) -> None:
-        seconds: list[float] = []
-        batches = self._batches(trainer)
-        self.found.passes.append(Pass(layers, seconds))
-        for _ in range(self.steps):
-            seconds.append(_timed(lambda: _train_step(trainer, batches)))
-            self.save()
-        batches = self._batches(trainer, self.settings.batch.validation_micro)
-        evaluation = _timed(lambda: _validation_step(trainer, batches))
-        self.found.passes[-1] = Pass(layers, seconds, evaluation)
-        self.save()
-
-    def _account(self, trainer: pl.Trainer, layers: int, peak: tuple[int, int, int] | None) -> None:
-        with kept_for_backward(trainer.strategy.megatron_parallel) as kept:
-            _train_step(trainer, self._batches(trainer))
-        allocated, slack, outside = peak or (None, 0, 0)
-        self.found.memory = MeasuredMemory(layers, memory_items(trainer, kept), allocated, slack, outside)
-        self.save()
-
-    def _profile(self, trainer: pl.Trainer) -> None:
-        gpu = self.settings.system.platform == "gpu"
-        activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * gpu
-        with torch.profiler.profile(activities=activities) as profile:
-            _train_step(trainer, self._batches(trainer))
-            torch.cuda.synchronize()
-        own, whole = ("self_device_time_total", "device_time_total") if gpu else ("self_cpu_time_total", "cpu_time_total")
-        events = profile.key_averages()
-        kernels = [e for e in events if not gpu or e.device_type == torch.autograd.DeviceType.CUDA]
-        kernels = sorted((e for e in kernels if getattr(e, own) > 0), key=lambda e: -getattr(e, own))
-        self.found.kernels = [Kernel(e.key, getattr(e, own) / 1e6, e.count) for e in kernels[:KERNELS]]
-        rest = kernels[KERNELS:]
-        if rest:
-            self.found.kernels.append(
-                Kernel(f"{len(rest)} others", sum(getattr(e, own) for e in rest) / 1e6, sum(e.count for e in rest))
-            )
-        self.found.collective_seconds = sum(getattr(e, whole) for e in events if e.key.startswith("c10d::")) / 1e6
-        self.save()
-
-    def _batches(self, trainer: pl.Trainer, rows: int | None = None) -> Iterator[Any]:
-        return synthetic_batches(self.settings, trainer.datamodule.vocab_size, rows or self.settings.batch.micro)
-
-
-def fill_fp8_weights(model: torch.nn.Module) -> None:
-    """Values of a checkpoint's size, quantized with the scale that the model prepared for it (model.py).
-
-    Megatron's random start was quantized with a scale of 1, where most of it is subnormal or 0: products of such numbers draw
-    less power, and a GPU that is not held back by its power limit is faster than it would be.
-    """
-    with torch.no_grad():
-        for weight in model.parameters():
-            if hasattr(weight, "_quantizer"):
-                weight.copy_(torch.randn(weight.shape, device="cuda", dtype=torch.bfloat16) * WEIGHT_STD)
-
-
-@contextmanager
-def first_layers(block: TransformerBlock, count: int) -> Iterator[None]:
-    """The block without its later layers."""
-    layers, whole = block.layers, block.num_layers_per_pipeline_rank
-    block.layers, block.num_layers_per_pipeline_rank = layers[:count], count
-    try:
-        yield
-    finally:
-        block.layers, block.num_layers_per_pipeline_rank = layers, whole
-
-
-def _timed(work: Callable[[], None]) -> float:
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def _peak() -> tuple[int, int, int]:
-    """Bytes allocated at most, reserved above that, and used outside of torch."""
-    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    free, total = torch.cuda.mem_get_info()
-    return allocated, reserved - allocated, total - free - torch.cuda.memory_reserved()

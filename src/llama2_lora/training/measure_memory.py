@@ -36,10 +36,15 @@ def _weights(model: torch.nn.Module) -> Counter[str]:
                 found[kind] += _bytes(tensors)
         else:
             found[Names.OUTSIDE] += _bytes([weight])
-    for module in model.modules():
-        for copy in getattr(module, "_fp8_workspaces", {}).values():  # PRIVATE: Transformer Engine 2.9
-            found[Names.COPIES] += _bytes(_inner(copy))
+    found[Names.COPIES] += sum(_bytes([copy]) for copy in _copies(model))
     return found
+
+
+def _copies(model: torch.nn.Module) -> Iterator[Any]:
+    """Quantized copies of weights that are kept beside them."""
+    for module in model.modules():
+        # PRIVATE: transformer_engine 2.9 transformer_engine.pytorch.module.base.TransformerEngineBaseModule._fp8_workspaces
+        yield from getattr(module, "_fp8_workspaces", {}).values()
 
 
 def _parts(weight: torch.Tensor) -> dict[str, list[torch.Tensor]]:
@@ -130,11 +135,11 @@ def _kind(module: str) -> str:
         return Names.LOGITS
     if ".layers." not in module:
         return Names.REST
-    if ".adapter" in module:
+    if ".adapter" in module or "linear_proj" in module:  # the frozen layer itself keeps nothing
         return Names.ADAPTERS_KEPT
     if "linear_qkv" in module or "linear_fc1" in module or "layernorm" in module:
         return Names.NORMS
-    if "self_attention" in module and "linear_proj" not in module:
+    if "self_attention" in module:
         return Names.ATTENTION
     return Names.SWIGLU if module.endswith(".mlp") else Names.REST
 
@@ -148,9 +153,8 @@ def _inner(tensor: Any) -> list[torch.Tensor]:
 def _all_weights(model: torch.nn.Module) -> Iterator[torch.Tensor]:
     for weight in (*model.parameters(), *model.buffers()):
         yield from _inner(weight)
-    for module in model.modules():
-        for copy in getattr(module, "_fp8_workspaces", {}).values():
-            yield from _inner(copy)
+    for copy in _copies(model):
+        yield from _inner(copy)
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

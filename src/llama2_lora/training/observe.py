@@ -140,11 +140,12 @@ class MemoryHistory(Watcher):
 
     def prepare(self) -> None:
         if self.step:
-            torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)  # PRIVATE: torch 2.13, by its own documents
+            # PRIVATE: torch 2.13 torch.cuda.memory._record_memory_history
+            torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
 
     def after(self, step: int) -> None:
         if step == self.step:
-            self.snapshot = torch.cuda.memory._snapshot()  # PRIVATE: torch 2.13
+            self.snapshot = torch.cuda.memory._snapshot()  # PRIVATE: torch 2.13 torch.cuda.memory._snapshot
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def write(self, folder: Path, rank: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from llama2_lora.config import rules
 from llama2_lora.config.settings import Settings
 from llama2_lora.llama2 import LLAMA2_70B, LlamaShape
 from llama2_lora.training.adapter import SeededLoRA
+from llama2_lora.training.evaluation import whole_sequences
 from llama2_lora.training.model import LoraLlama, data_step, forward_step
 from llama2_lora.training.restore import restore
 
@@ -131,13 +133,15 @@ def build_precision(settings: Settings) -> MegatronMixedPrecision:
 class SeededStrategy(MegatronStrategy):
     """MegatronStrategy whose generators start from the run's seed, that restores by layer and leaves the model in place.
 
+    evaluates_whole: evaluation has no context parallelism, whatever training has.
+
     NeMo 2.7.3 starts them from 1234 in every run (megatron_init.py): all runs would draw the same dropout masks. Ranks of
     one tensor-parallel group share theirs, since they may hold the same activations; all others differ.
     """
 
-    def __init__(self, seed: int, **options: Any) -> None:
+    def __init__(self, seed: int, evaluates_whole: bool = False, **options: Any) -> None:
         super().__init__(**options)
-        self.seed = seed
+        self.seed, self.evaluates_whole = seed, evaluates_whole
 
     def setup_distributed(self) -> None:
         super().setup_distributed()
@@ -146,6 +150,14 @@ class SeededStrategy(MegatronStrategy):
 
     def selective_restore(self) -> None:
         restore(self)
+
+    def evaluation_layout(self) -> AbstractContextManager[None]:
+        """What an evaluation, and its warm-up, happens in."""
+        return whole_sequences(self.megatron_parallel) if self.evaluates_whole else nullcontext()
+
+    def validation_step(self, *arguments: Any, **options: Any) -> Any:
+        with self.evaluation_layout():
+            return super().validation_step(*arguments, **options)
 
     def teardown(self) -> None:
         """Give back what outlives the model, and leave the model where it is.
@@ -167,6 +179,7 @@ def build_strategy(settings: Settings, seed: int, store: torch.distributed.Store
     p = settings.parallel
     strategy = SeededStrategy(
         seed,
+        evaluates_whole=p.evaluation_cp < p.cp,
         tensor_model_parallel_size=p.tp,
         pipeline_model_parallel_size=p.pp,
         context_parallel_size=p.cp,
@@ -235,9 +248,6 @@ def build_trainer(settings: Settings, strategy: MegatronStrategy, callbacks: lis
         max_steps=settings.optimization.max_steps,
         callbacks=callbacks,
         num_sanity_val_steps=0,
-        # The mode of the warm-up. Lightning's default is inference_mode, but for gloo: what is compiled for no_grad would be
-        # compiled again at the first evaluation, on GPUs and on the clock.
-        inference_mode=False,
         use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,

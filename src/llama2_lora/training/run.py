@@ -29,8 +29,10 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 def quiet_libraries() -> None:
     """Let NeMo, Lightning and Megatron log errors only: what a run has to say is in its MLPerf log."""
     nemo_logging.setLevel(logging.ERROR)
-    # lightning_fabric: another package, whose logger Lightning takes for its own messages once both are imported (2.4)
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning_fabric", "megatron.core", "torch.distributed"):
+    # pytorch_lightning and lightning_fabric: other packages, whose loggers Lightning 2.4 takes for its own messages
+    # ("GPU available: True") once they are imported, as NeMo's dependencies do
+    lightning = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
+    for name in (*lightning, "megatron.core", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -85,7 +85,7 @@ def _validation_step(trainer: pl.Trainer, batches: Iterator[Any]) -> None:
     model = trainer.strategy.megatron_parallel
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), trainer.strategy.evaluation_layout():
             model.validation_step(batches)
     finally:
         model.train()

@@ -77,7 +77,10 @@ def fused_attn_fwd(
         # cuDNN's [M, ZInv]: Transformer Engine takes the first for the log of the sum (context_parallel.py).
         return [out, log_sum_exp[..., None], torch.ones_like(log_sum_exp)[..., None], torch.tensor(_RNG_STATE)]
     # PRIVATE: torch 2.13 torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, log_sum_exp = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=attn_scale)
+    mask = _bottom_right(attn_mask_type, q, k)
+    out, log_sum_exp = _aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal and mask is None, attn_mask=mask, scale=attn_scale
+    )
     return [_sequence_back(out, sequence_first), log_sum_exp.float()[..., None], torch.tensor(_RNG_STATE)]
 
 
@@ -123,8 +126,9 @@ def fused_attn_bwd(
         gradients = attention_fp8.backward(d_out, q, k, v, out, log_sum_exp, attn_scale, causal, s_quantizer, dp_quantizer)
     else:
         # PRIVATE: torch 2.13 torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        mask = _bottom_right(attn_mask_type, q, k)
         gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            d_out, q, k, v, out, log_sum_exp, 0.0, causal, scale=attn_scale
+            d_out, q, k, v, out, log_sum_exp, 0.0, causal and mask is None, attn_mask=mask, scale=attn_scale
         )
     dq, dk, dv = gradients
     dk, dv = (t.unflatten(1, (groups, repeats)).sum(2) for t in (dk, dv))
@@ -143,13 +147,24 @@ def _checked(
         "attention dropout": dropout != 0.0,
         f"{bias.name}": bias != NVTE_Bias_Type.NVTE_NO_BIAS,
         f"{mask.name}": not causal and mask != NVTE_Mask_Type.NVTE_NO_MASK,
-        f"{mask.name} over {length_q} queries and {length_kv} keys": causal and length_q != length_kv,
+        f"{mask.name} over {length_q} queries and {length_kv} keys": (
+            mask == NVTE_Mask_Type.NVTE_CAUSAL_MASK and length_q != length_kv
+        ),
         f"{softmax.name}": softmax != NVTE_Softmax_Type.NVTE_VANILLA_SOFTMAX,
         f"a window of {window}": tuple(window) not in ((-1, -1), (-1, 0)),
     }
     if missing := [what for what, asked_for in asked.items() if asked_for]:
         raise NotImplementedError(f"transformer_engine_torch.fused_attn: no CPU kernel with {', '.join(missing)}")
     return causal
+
+
+def _bottom_right(mask: Any, q_BNSD: Tensor, k_BNSD: Tensor) -> Tensor | None:
+    """What to add to the scores where the last query meets the last key and there are more keys than queries, else None."""
+    queries, keys = q_BNSD.shape[2], k_BNSD.shape[2]
+    if mask != NVTE_Mask_Type.NVTE_CAUSAL_BOTTOM_RIGHT_MASK or queries == keys:
+        return None
+    later = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
+    return torch.zeros(queries, keys, dtype=q_BNSD.dtype).masked_fill_(later, float("-inf"))
 
 
 def _sequence_first(layout: NVTE_QKV_Layout) -> bool:
