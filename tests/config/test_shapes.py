@@ -41,7 +41,7 @@ SHORT = {**CPU, "TP": "1", "CP": "8", "FP8": "1", "MBS": "2"}
         (TINY, MXFP8, "FP8=1: needs multiples of 32; the FFN columns are 48"),
         (
             replace(TINY, ffn=64),
-            {**CPU, "TP": "2", "SP": "1", "FP8": "1", "FP8_RECIPE": "blockwise"},
+            {**CPU, "MAX_SEQLEN": "256", "TP": "2", "SP": "1", "FP8": "1", "FP8_RECIPE": "blockwise"},
             "FP8_RECIPE=blockwise: needs a hidden size in multiples of 128 with SP=1, not 32",
         ),
         (TINY, SHORT, "FP8=1: needs multiples of 8 tokens; a micro-batch of VAL_MBS=1 has 4"),

@@ -54,8 +54,10 @@ def _low_precision_conflicts(settings: Settings, shape: LlamaShape) -> Iterator[
         local = size if name == "hidden size" else size // layout.tp
         if local % columns:
             yield f"{variable}: needs multiples of {columns}; the {name} are {local} on each of TP={layout.tp} ranks"
-    if p.fp8_recipe == "blockwise" and layout.sequence_parallel and shape.hidden % BLOCK:
-        yield f"FP8_RECIPE=blockwise: needs a hidden size in multiples of {BLOCK} with SP=1, not {shape.hidden}: its blocks are gathered"
+    if p.fp8_recipe == "blockwise" and layout.sequence_parallel:  # blocks are gathered, and gathered whole
+        rows = BLOCK
+        if shape.hidden % BLOCK:
+            yield f"FP8_RECIPE=blockwise: needs a hidden size in multiples of {BLOCK} with SP=1, not {shape.hidden}"
     shards = layout.cp * (layout.tp if layout.sequence_parallel else 1)
     for micro_variable, micro in (("MBS", batch.micro), ("VAL_MBS", batch.validation_micro)):
         tokens = batch.sequence_length * micro // shards
