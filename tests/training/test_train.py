@@ -316,7 +316,7 @@ def test_torchrun_by_hand_ends_a_missed_target_with_a_line(tiny: Tiny, tmp_path:
     assert [event["metadata"]["status"] for event in events(done.stdout, "run_stop")] == ["aborted"]
     assert re.search(r"^torchrun.py: rank [01] ended with status 1$", done.stderr, flags=re.M)
     assert "ChildFailedError" not in done.stderr
-    assert len(done.stderr.splitlines()) < 10, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_torchrun_by_hand_keeps_the_status_of_wrong_settings(tiny: Tiny, tmp_path: Path) -> None:
