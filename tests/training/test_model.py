@@ -15,7 +15,7 @@ from llama2_lora.data import packed
 from llama2_lora.training.adapter import initial_a
 from llama2_lora.training.cpu import cpu_platform
 from llama2_lora.training.data import training_order
-from llama2_lora.training.model import FP8_WEIGHT_SCALE, prepare_fp8_weights
+from llama2_lora.training.model import FP8_WEIGHT_SCALE, RowMeanLoss, prepare_fp8_weights
 
 STEPS, GBS, LR, SEED = 10, 8, 1e-2, 7
 
@@ -90,6 +90,15 @@ def test_the_eval_loss_is_transformers_loss(ours: str, reference: dict[str, list
 def test_the_adapter_learned(reference: dict[str, list[float]]) -> None:
     """Without this the comparison could be one of two models that stand still."""
     assert reference["eval"][-1] < reference["eval"][0] - 0.05
+
+
+def test_a_micro_batchs_loss_is_the_mean_over_its_rows() -> None:
+    """By hand: clipping and Adam hide a wrong factor from every comparison of losses."""
+    losses_BS = torch.tensor([[1.0, 3.0], [5.0, 7.0]])
+    batch = {"loss_weights": torch.tensor([[0.5, 0.5], [1.0, 0.0]])}
+    loss, part = RowMeanLoss(rows=8).forward(batch, losses_BS)
+    assert loss.item() == (2.0 + 5.0) / 2
+    assert part["total"].item() == 7.0
 
 
 def test_frozen_fp8_weights_get_a_scale_and_drop_their_bf16_copy() -> None:

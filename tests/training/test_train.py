@@ -299,8 +299,8 @@ def test_an_adapter_without_a_gradient_ends_the_run_at_the_first_step(tiny: Tiny
     done = run_changed(tiny.environment(tmp_path, RECOMPUTE="full") | FAST, broken)
     assert done.returncode == 1
     assert "4 of 4 adapters get no gradient, the first of them decoder.layers.0.self_attention.linear_qkv" in errors(done)[0]
-    assert len(events(done.stdout, "train_loss")) == 1
-    assert [event["metadata"]["status"] for event in events(done.stdout, "run_stop")] == ["aborted"]
+    stop = events(done.stdout, "run_stop")[0]["metadata"]
+    assert (stop["status"], stop["samples_count"]) == ("aborted", 8)
 
 
 def test_torchrun_by_hand_ends_a_missed_target_with_a_line(tiny: Tiny, tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_torchrun_by_hand_ends_a_missed_target_with_a_line(tiny: Tiny, tmp_path:
     assert [event["metadata"]["status"] for event in events(done.stdout, "run_stop")] == ["aborted"]
     assert re.search(r"^torchrun.py: rank [01] ended with status 1$", done.stderr, flags=re.M)
     assert "ChildFailedError" not in done.stderr
-    assert len(done.stderr.splitlines()) < 10, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_torchrun_by_hand_keeps_the_status_of_wrong_settings(tiny: Tiny, tmp_path: Path) -> None:
