@@ -3,8 +3,9 @@
 #   scripts/rehearse.sh              generated reports; the target is the benchmark's 0.925
 #   scripts/rehearse.sh --gpu        on the GPUs of this machine, in the image: real kernels, FP8; config_GPU_1x*.sh
 #   scripts/rehearse.sh --text DIR   your own text files (scripts/rehearsal_data.py --help says which); TARGET_LOSS is free
-# What it makes lies in rehearsal/ (REHEARSAL_DIR), and is used again as long as it is up to date. The run itself is run.sub's, without Slurm and
-# without a container. Exit status: 0 the run reached the target and its log passes the compliance checker; 2 wrong use; else not.
+# What it makes lies in rehearsal/ (REHEARSAL_DIR), and is used again as long as it is up to date. The run itself is run.sub's,
+# without Slurm and without a container. Exit status: 0 the run reached the target and its log passes the compliance checker;
+# 2 wrong use; else not.
 set -euo pipefail
 
 readonly WORK="${REHEARSAL_DIR:-rehearsal}"
@@ -88,12 +89,18 @@ train() { # folder, stamp, config, dtype
   DATADIR="$(absolute "${WORK}/data/gov_report")" MODEL="$(absolute "${WORK}/checkpoint_$4")" LOGDIR="$(absolute "$1")"
   export DATADIR MODEL LOGDIR DATESTAMP="$2"
   export CONT=none LAUNCHER=local HEALTH=warn NCCL_TEST=0
+  export PYTHON=python            # the environment's, whatever made it
   export DROP_CACHES_COMMAND=true # the data is small and made a moment ago: there is no cache to drop
+
   RULESET="$(PYTHONPATH=src python -c 'from llama2_lora.config import rules; print(*rules.RULESETS)')"
   [[ "${TARGET_LOSS:-${TARGET}}" == "${TARGET}" ]] || RULESET=''
   export RULESET
   step "Training: run.sub, ${DGXNGPU} ranks, config_${DGXSYSTEM}.sh, at most ${MAX_STEPS} steps; log $1/$2_1.log"
-  bash run.sub |& progress
+  mkdir -p "$1"
+  local status=0
+  bash run.sub |& tee "$1.out" | progress || status=$?
+  ((status == 0)) || printf 'all that run.sub said: %s\n' "$1.out"
+  return "${status}"
 }
 
 # The log's curves, verdicts and errors, for the eye; the log itself has everything.
@@ -117,7 +124,7 @@ show() { # line; fails where there is nothing to show
     local name='train loss'
     [[ "${BASH_REMATCH[1]}" == train_loss ]] || name='EVAL LOSS'
     printf '  %s %s after %s sequences\n' "${name}" "$(rounded "${BASH_REMATCH[2]}")" "${BASH_REMATCH[3]}"
-  elif [[ "$1" =~ ^(run\.sub: )?(error: .*|ruleset .*)$ ]]; then
+  elif [[ "$1" =~ ^(run\.sub: )?((error|no-go): .*|ruleset .*)$ ]]; then
     printf '%s\n' "${BASH_REMATCH[2]}"
   else
     return 1
@@ -148,6 +155,8 @@ main() {
     step "Environment"
     scripts/setup_env.sh
     PATH="${PWD}/${VENV:-.venv}/bin:${PATH}"
+  elif [[ "${PYTHON:-}" == */* ]]; then # the job's
+    PATH="$(dirname "${PYTHON}"):${PATH}"
   fi
   export PATH PYTHONWARNINGS=ignore
   prepare "${dtype}" "${options[@]}"

@@ -88,22 +88,14 @@ def load(file: BinaryIO, allowed: re.Pattern[str]) -> Any:
         raise ValueError(f"it is a damaged pickle ({type(error).__name__}: {error})") from None
 
 
-def check_torch_file(path: Path, te_state: bool = False) -> None:
+def check_torch_file(path: Path) -> None:
     """ValueError, which names the file, where torch.load of it could do more than to build tensors and plain values."""
     try:
-        check_torch_bytes(Path(path).read_bytes(), te_state)
+        for name, content in _entries(Path(path).read_bytes()):
+            if name.endswith("/data.pkl"):
+                load(io.BytesIO(content), TORCH_NAMES)
     except ValueError as problem:
         raise ValueError(f"{path}: {problem}") from None
-
-
-def check_torch_bytes(data: bytes, te_state: bool = False) -> None:
-    """`check_torch_file` of a file's bytes, or of an object's in a torch.distributed checkpoint.
-
-    te_state: it is an `_extra_state`. Transformer Engine unpickles the bytes of a tensor in it, so they are looked at, too.
-    """
-    for name, content in _entries(data):
-        if name.endswith("/data.pkl") or (te_state and "/data/" in name and content):
-            load(io.BytesIO(content), TORCH_NAMES)
 
 
 def _entries(data: bytes) -> list[tuple[str, bytes]]:

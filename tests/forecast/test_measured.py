@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import rich  # noqa: F401  preflight.py prints with it: without it there is nothing to test here
 
 from helpers import ROOT
 from helpers.training_runs import clean_environment

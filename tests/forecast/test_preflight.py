@@ -318,7 +318,7 @@ def test_a_published_layout_is_never_refused() -> None:
 
 
 def test_published_layouts_are_those_of_the_table() -> None:
-    from llama2_lora.forecast.plan import PUBLISHED_LAYOUTS
+    from llama2_lora.forecast.advice import PUBLISHED_LAYOUTS
 
     with (ROOT / "benchmarks/published_results.csv").open(newline="") as file:
         found = {(row["accelerator"], row["precision"], int(row["tp"]), int(row["cp"])) for row in csv.DictReader(file)}

@@ -43,7 +43,7 @@ def test_the_steps_in_order():
         "scripts/preflight.py",
         "probe",
         "judge",
-        "scripts/allreduce_bench.py",
+        "scripts/lib/allreduce_bench.py",
     ]
     steps += (
         ["--allreduce"] + ["drop_caches", "scripts/run_and_time.sh", "mlperf_logging.compliance_checker"] + ["enroot remove"]
@@ -51,6 +51,17 @@ def test_the_steps_in_order():
     found = iter(commands(SLURM))
     for step in steps:
         assert any(step in word for words in found for word in words), step
+
+
+def test_a_rehearsal_is_a_check_that_a_job_may_ask_for():
+    """Once, on the first node, before the trials; without the job's own settings, since it has a config of its own."""
+    found = commands(SLURM, REHEARSE="1")
+    (rehearsal,) = (words for words in found if "scripts/rehearse.sh" in words)
+    assert rehearsal[-2:] == ["scripts/rehearse.sh", "--gpu"]
+    assert {"--nodes=1", "--relative=0", "REHEARSAL_DIR=/results/rehearsal"} <= set(rehearsal)
+    assert {"--unset=LR", "--unset=TP", "--unset=CONFIG_FILE", "--unset=REHEARSE", "--unset=NEXP"} <= set(rehearsal)
+    assert found.index(rehearsal) < found.index(training(found)[0])
+    assert not any("scripts/rehearse.sh" in words for words in commands(SLURM))
 
 
 def test_ranks_and_container_of_a_training():
@@ -115,6 +126,13 @@ def test_one_node_without_slurm(docker, gpus):
         assert "SEED" in words
     assert found[-1] == [docker, "rm", "--force", name]
     assert not any(words[0] == "srun" for words in found)
+
+
+def test_one_node_below_salloc_is_still_the_callers():
+    """Slurm's variables are then those of a shell, and its folder not that of the call."""
+    (create, *_) = commands(DOCKER, DOCKER="docker", DATADIR="data", SLURM_JOB_ID="1", SLURM_SUBMIT_DIR="/nowhere")
+    assert f"{ROOT}/data:/data:ro" in create
+    assert f"{ROOT}:/workspace/ft-llm:ro" in create
 
 
 def test_one_trial_stands_for_all():

@@ -43,6 +43,12 @@ def test_wrong_arguments_are_refused():
         assert problem in done.stderr
 
 
+def test_gpus_that_are_not_there():
+    done = rehearse("--gpu")
+    assert done.returncode == 2
+    assert done.stderr.startswith("rehearse.sh: error: --gpu: no GPU is visible")
+
+
 def test_two_rehearsals_in_one_folder(tmp_path):
     """The second ends at once; the folder is free again when the first was killed."""
     line = f'source "{SCRIPT}" --help >/dev/null; lock folder; echo held; exec sleep "$1"'

@@ -29,7 +29,7 @@ H100 = ROOT / "config_DGXH100_1x8x4.sh"
 
 def run(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*COMMAND, *map(str, arguments)], cwd=folder, env=clean_environment(), capture_output=True, text=True, timeout=300
+        [*COMMAND, *map(str, arguments)], cwd=folder, env=clean_environment(), capture_output=True, text=True, timeout=550
     )
 
 
@@ -88,6 +88,18 @@ def test_a_few_layers_in_fp8_over_a_world_of_eight(tmp_path: Path) -> None:
     weights = 2 * 128 * (192 + 128 + 3 * 384) / 2  # of two layers, over TP=2, a byte each
     assert sizes[Names.LINEAR] == pytest.approx(weights, rel=0.01)
     assert sizes[Names.COPIES] == pytest.approx(weights, rel=0.01)  # a pretended Hopper keeps transposes
+
+
+def test_the_gpu_rehearsals_settings_run(tmp_path: Path) -> None:
+    """FP8 weights, MBS 1 and all else of config_common_rehearsal.sh, with the emulated kernels."""
+    config = tmp_path / "config_GPU_1x1x8.sh"
+    config.write_text(f"source {ROOT}/config_GPU_1x1x8.sh\nexport PLATFORM=cpu\n")
+    done = run(config, "--layers", "2", "--steps", "1", "--output", "gpu.json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = measured.read(tmp_path / "gpu.json")
+    assert found.complete
+    assert found.finite
+    assert Names.COPIES in {item.name for item in found.memory.items}
 
 
 def test_the_rings_function_is_the_one_that_was_read() -> None:

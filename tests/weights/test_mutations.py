@@ -115,7 +115,6 @@ def read_provenance_of(folder: Path) -> None:
 
 
 QKV = "weights/module.decoder.layers.self_attention.linear_qkv.weight/.zarray"
-STATE = "weights/module.decoder.final_layernorm._extra_state/shard_0_1.pt"
 # Folder, its file that is damaged, the reader, how many copies.
 FILES: list[tuple[str, str, Callable[[Path], None], int]] = [
     ("data", "train.npy", read_data, 500),
@@ -126,9 +125,7 @@ FILES: list[tuple[str, str, Callable[[Path], None], int]] = [
     ("zarr", "weights/metadata.json", read_checkpoint, 100),
     ("zarr", QKV, read_checkpoint, 120),
     ("zarr", "weights/common.pt", read_checkpoint, 100),
-    ("zarr", STATE, read_checkpoint, 100),
     ("torch_dist", "weights/.metadata", read_checkpoint, 250),
-    ("torch_dist", "weights/__0_states.distcp", read_checkpoint, 80),
     ("hf", "config.json", read_model, 200),
     ("hf", "model.safetensors.index.json", read_model, 200),
     ("whole", "model.safetensors", read_model, 400),

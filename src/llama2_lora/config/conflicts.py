@@ -301,11 +301,16 @@ def one_profiler(s: Settings) -> str | None:
     return None
 
 
-@rule
-def observed_on_a_gpu(s: Settings) -> str | None:
-    if s.system.platform == "cpu" and (s.observe.nsys_steps or s.observe.memory_step):
-        return "OBSERVE_NSYS, OBSERVE_MEMORY: need PLATFORM=gpu; on a CPU, OBSERVE_PROFILE and OBSERVE_STEP_TIMES serve"
-    return None
+def observed_on_a_gpu(variable: str) -> Rule:
+    def check(s: Settings) -> str | None:
+        if s.system.platform == "gpu" or not s.value(variable):
+            return None
+        return f"{variable}={s.value(variable)}: needs PLATFORM=gpu; on a CPU, OBSERVE_PROFILE and OBSERVE_STEP_TIMES serve"
+
+    return check
+
+
+RULES += [observed_on_a_gpu(variable) for variable in ("OBSERVE_NSYS", "OBSERVE_MEMORY")]
 
 
 # ---- Rules of the closed division ------------------------------------------------------------------------------------

@@ -10,41 +10,19 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, fields
 from typing import Any, get_type_hints
 
 from llama2_lora.config import conflicts, rules, schedule
-from llama2_lora.config.values import parse_group, window
+from llama2_lora.config.values import SettingsError, parse_group, window
+from llama2_lora.config.values import setting as _setting
 from llama2_lora.gpus import ACCELERATORS
 
 INT32 = 2**31 - 1
 
 
-class SettingsError(ValueError):
-    """Every problem of an environment, one per line: variable, value, rule, fix."""
-
-    def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = tuple(problems)
-        super().__init__("\n".join(self.problems))
-
-
-# scripts/launcher.sh finds the variables that training reads by `_setting("NAME"` in this file: keep both on a field's line.
-def _setting(
-    variable: str,
-    default: Any = MISSING,
-    doc: str = "",
-    *,
-    unit: str = "",
-    choices: tuple[str, ...] = (),
-    low: float | None = None,
-    high: float | None = None,
-    beside: str = "",  # required where this variable is set
-) -> Any:
-    metadata = dict(variable=variable, doc=doc, unit=unit, choices=choices, low=low, high=high, beside=beside)
-    return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
-
-
+# scripts/lib/launcher.sh finds the variables that training reads by `_setting("NAME"` in this file: keep both on a field's line.
 # fmt: off
 @dataclass(frozen=True, kw_only=True, slots=True)
 class System:

@@ -7,13 +7,37 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, Field, field, fields
 from typing import Any
 
 from llama2_lora.findings import one_line
 
 MOST = 10**6  # of anything that is counted, where a field says nothing else
+
+
+class SettingsError(ValueError):
+    """Every problem of an environment, one per line: variable, value, rule, fix."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def setting(
+    variable: str,
+    default: Any = MISSING,
+    doc: str = "",
+    *,
+    unit: str = "",
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    beside: str = "",  # required where this variable is set
+) -> Any:
+    """A dataclass field that is read from an environment variable."""
+    metadata = dict(variable=variable, doc=doc, unit=unit, choices=choices, low=low, high=high, beside=beside)
+    return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
 
 
 def _boolean(text: str) -> bool:

@@ -15,7 +15,8 @@ from llama2_lora.findings import PIPE_WIDTH, Finding
 from llama2_lora.forecast.cost import Rates, cost
 from llama2_lora.forecast.measured import Measured, beside
 from llama2_lora.forecast.memory import GB, Memory
-from llama2_lora.forecast.plan import Plan, Times
+from llama2_lora.forecast.plan import Plan
+from llama2_lora.forecast.times import Times
 from llama2_lora.forecast.timing import HEAL_SEQUENCES, Interval
 
 Rows = list[tuple[str, str]]

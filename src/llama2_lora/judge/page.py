@@ -8,7 +8,17 @@ from llama2_lora.findings import Finding
 from llama2_lora.forecast.cost import Rates
 from llama2_lora.judge.charts import extremes, loss_chart, throughput_chart, time_chart
 from llama2_lora.judge.published import envelope, label
-from llama2_lora.judge.report import COLUMN_NOTES, Group, config_line, cost_line, grouped, score_line, table, verdict_line
+from llama2_lora.judge.report import (
+    COLUMN_NOTES,
+    Group,
+    config_line,
+    cost_line,
+    grouped,
+    plural,
+    score_line,
+    table,
+    verdict_line,
+)
 from llama2_lora.judge.results import Result, Summary
 
 FOLDED = 3  # with more results than that, each one's table of runs is folded
@@ -103,7 +113,7 @@ def _section(index: int, result: Result, peak_tflops: float | None, rates: Rates
     cost = f'<p class="small">{escape(cost_line(result, rates))}</p>' if cost_line(result, rates) else ""
     runs = f'<div class="wide">{_table(result, peak_tflops)}</div>'
     if count > FOLDED:
-        runs = f"<details><summary>{len(result.runs)} runs</summary>{runs}</details>"
+        runs = f"<details><summary>{plural(len(result.runs), 'run')}</summary>{runs}</details>"
     top = ' <a class="small" href="#contents">contents</a>' if count > 1 else ""
     return (
         f'<section id="r{index}">{heading}<p>{escape(config_line(result))}{folder}</p>'
@@ -156,7 +166,7 @@ h1 { font-size: 1.6rem; margin: .4rem 0; overflow-wrap: anywhere } h2 { font-siz
 p { margin: .3rem 0 } a { color: var(--run) }
 #verdict { font-weight: 600; padding: .4rem .8rem; border-left: 4px solid } .good { color: var(--good) }
 .bad, .error b { color: var(--bad) } .score { font-weight: 600 } .small { color: var(--soft); font-size: .85rem }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 1rem; margin: .6rem 0 }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 380px), 1fr)); gap: 1rem; margin: .6rem 0 }
 figure { margin: 0 } figcaption { color: var(--soft); font-size: .9rem } svg.chart { width: 100%; height: auto }
 svg text { font-size: 13px; fill: var(--soft) } svg .mid { text-anchor: middle } svg .end { text-anchor: end }
 svg .small { font-size: 11px } svg polyline { fill: none } .grid { stroke: var(--line) } .hover { fill: transparent }

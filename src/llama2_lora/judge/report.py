@@ -96,7 +96,7 @@ def cost_line(result: Result, rates: Rates) -> str:
         return ""
     power = [run.power.mean_watts for run in result.runs if run.power]
     drawn = f"; {sum(power) / len(power) / 1e3:.3g} kW on average (measured)" if power else ""
-    return f"cost: {found} for {len(result.runs)} runs with their init{drawn}"
+    return f"cost: {found} for {plural(len(result.runs), 'run')} with init{drawn}"
 
 
 def progress_line(run: Run) -> str:
@@ -118,10 +118,14 @@ def progress_line(run: Run) -> str:
     return ", ".join(parts)
 
 
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def verdict_line(summary: Summary) -> str:
     count = len(summary.runs)
     said = "all runs complied and converged" if summary.ok else "NOT all runs complied and converged"
-    return f"{count} run{'s' * (count != 1)}, rules {summary.ruleset}: {said if count else 'nothing to judge'}"
+    return f"{plural(count, 'run')}, rules {summary.ruleset}: {said if count else 'nothing to judge'}"
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------

@@ -49,8 +49,10 @@ class Result:
 
     @property
     def title(self) -> str:
-        """The system's name, else the folder's."""
-        names = (run.system.name for run in self.runs)
+        """The system's name: its description's, its folder's in a submission, the log's platform; else the job's folder."""
+        folder = self.runs[0].path.parent
+        in_tree = folder.parent.name if folder.name == rules.NAME else ""
+        names = (*(run.system.name for run in self.runs), in_tree, str(self.config.get("submission_platform", "")))
         return next((name for name in names if name and not PLACEHOLDER.search(name)), self.name)
 
     @property

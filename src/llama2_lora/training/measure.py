@@ -1,7 +1,7 @@
 """One rank of a config on one device: the real model, adapter and optimizer, in a world that is pretended.
 
     measure_device    the GPU, or why there is none
-    pretended()       the config, with a world of the config's size of which this process is rank 0, and without files
+    pretended()       the config, with a world of the config's size of which this process is rank 0
     Session           one measurement, from the question to what is said of it
     measure_passes    build, warm-up, K steps, an evaluation, and again with half the layers
     measure_memory    bytes by kind                   measure_ring    context parallelism's ring without neighbours
@@ -31,12 +31,11 @@ from llama2_lora.rehearsal.data import VOCABULARY
 from llama2_lora.training.measure_device import Device
 from llama2_lora.training.measure_passes import Passes, fit
 
-NO_DATA = "/nonexistent"  # a data set's counts are the benchmark's where there is no manifest; its rows are never read
 WARMUP_STEPS = 2  # at least: the first step compiles, allocates and makes FP8 transposes
 
 
 def pretended(settings: Settings, steps: int) -> Settings:
-    """The config as one rank of it can run alone: its world as so many nodes of one GPU, no data, no userbuffers.
+    """The config as one rank of it can run alone: its world as so many nodes of one GPU, no userbuffers.
 
     Userbuffers are memory that the GPUs of a node map from each other: alone, there is nothing to map.
     """
@@ -44,7 +43,7 @@ def pretended(settings: Settings, steps: int) -> Settings:
     return replace(
         settings,
         system=replace(system, nodes=system.nodes * system.gpus_per_node, gpus_per_node=1),
-        run=replace(settings.run, data_path=NO_DATA, save_adapter=False),
+        run=replace(settings.run, save_adapter=False),
         optimization=replace(settings.optimization, max_steps=max(steps, settings.optimization.max_steps)),
         performance=replace(
             performance,

@@ -135,11 +135,11 @@ def _kind(module: str) -> str:
         return Names.LOGITS
     if ".layers." not in module:
         return Names.REST
-    if ".adapter" in module:
+    if ".adapter" in module or "linear_proj" in module:  # the frozen layer itself keeps nothing
         return Names.ADAPTERS_KEPT
     if "linear_qkv" in module or "linear_fc1" in module or "layernorm" in module:
         return Names.NORMS
-    if "self_attention" in module and "linear_proj" not in module:
+    if "self_attention" in module:
         return Names.ATTENTION
     return Names.SWIGLU if module.endswith(".mlp") else Names.REST
 

@@ -248,9 +248,6 @@ def build_trainer(settings: Settings, strategy: MegatronStrategy, callbacks: lis
         max_steps=settings.optimization.max_steps,
         callbacks=callbacks,
         num_sanity_val_steps=0,
-        # The mode of the warm-up. Lightning's default is inference_mode, but for gloo: what is compiled for no_grad would be
-        # compiled again at the first evaluation, on GPUs and on the clock.
-        inference_mode=False,
         use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,

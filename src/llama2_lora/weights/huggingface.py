@@ -40,6 +40,7 @@ TOKENIZER_FILES = (
 )
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in order of preference; sharded ones have an index beside them
 BASE = "meta-llama/Llama-2-70b-hf"
+BASE_NAMES = (BASE, "meta-llama/Llama-2-70B-hf")  # the hub takes both, its cache and file systems do not
 # What is downloaded of a repository: these files, and the first kind of weights that it has.
 FETCHED = ("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.index.json")
 FETCHED_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -168,10 +169,10 @@ def open_model(source: str, revision: str = "main") -> HFModel:
         return HFModel(Path(source))
     is_base = source.lower() == BASE.lower()
     if is_base:
-        for folder in _folders_in_hf_home(source):
+        for folder in _folders_in_hf_home():
             if (folder / "config.json").is_file():
                 return HFModel(folder, source)
-    for name in (source, BASE, BASE.replace("70b", "70B")) if is_base else (source,):
+    for name in BASE_NAMES if is_base else (source,):
         try:
             cached = huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
             return HFModel(Path(cached), source)
@@ -180,10 +181,10 @@ def open_model(source: str, revision: str = "main") -> HFModel:
     return HFModel(_download(Repository(source, revision)), source)
 
 
-def _folders_in_hf_home(source: str) -> list[Path]:
-    """HF_HOME itself, and where a clone of the repository would lie in it."""
-    home, name = Path(huggingface_hub.constants.HF_HOME), source.split("/")[-1]
-    return [home, *(home / place for place in (name, BASE.split("/")[-1], source, BASE))]
+def _folders_in_hf_home() -> list[Path]:
+    """HF_HOME itself, and where a clone of Llama-2-70B's repository would lie in it."""
+    home = Path(huggingface_hub.constants.HF_HOME)
+    return [home, *(home / name.split("/")[-1] for name in BASE_NAMES), *(home / name for name in BASE_NAMES)]
 
 
 def _download(repository: Repository) -> Path:
