@@ -68,7 +68,9 @@ def fit(settings: Settings, shape, log: MLPerfLog) -> bool:
     """The same, where PLATFORM's kernels are in place."""
     from llama2_lora.training import observe, recipe, run
     from llama2_lora.training.callback import MLPerfCallback
+    from llama2_lora.training.clipping import clipping_on_device
     from llama2_lora.training.data import GovReport
+    from llama2_lora.training.healing import Heal
     from llama2_lora.training.warmup import WarmUp
 
     run.quiet_libraries()
@@ -83,8 +85,9 @@ def fit(settings: Settings, shape, log: MLPerfLog) -> bool:
     callback = MLPerfCallback(settings, log, seed, warm_up)
     after = [*observe.callbacks(settings, seed)]  # its files are written after run_stop
     after += [run.SaveAdapter(settings, shape, seed)] if settings.run.save_adapter else []
-    trainer = recipe.build_trainer(settings, strategy, [lora, warm_up, callback, watch, *after])
-    with watch, run.no_garbage_collection():
+    heal = [Heal(settings, log)] if settings.precision.fp4_heal_step else []
+    trainer = recipe.build_trainer(settings, strategy, [lora, warm_up, callback, watch, *heal, *after])
+    with watch, run.no_garbage_collection(), clipping_on_device():
         trainer.fit(model, data)
     return callback.reached_target
 

@@ -86,7 +86,7 @@ def test_fp8_act_saturates_with_this_torch(eight_ranks: Any) -> None:
 def test_a_nan_under_fp8_act_names_the_way_out(fp8_act: str, hinted: bool) -> None:
     settings = Settings.from_env(VALID | {"FP8": "1", "FP8_ACT": fp8_act})
     callback = MLPerfCallback(settings, SimpleNamespace(), 1, WarmUp(settings))
-    trainer = SimpleNamespace(global_step=2, callback_metrics={"reduced_train_loss": torch.tensor(float("nan"))})
+    trainer = SimpleNamespace(global_step=10, callback_metrics={"reduced_train_loss": torch.tensor(float("nan"))})
     with pytest.raises(NonFiniteLoss) as caught:
         callback.on_train_batch_end(trainer, None, None, None, 1)
     assert ("FP8_ACT=0" in str(caught.value)) is hinted

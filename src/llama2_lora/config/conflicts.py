@@ -231,6 +231,18 @@ def one_precision(s: Settings) -> str | None:
     return None
 
 
+@rule
+def healing_follows_fp4(s: Settings) -> str | None:
+    step, steps = s.precision.fp4_heal_step, s.optimization.max_steps
+    if step is None:
+        return None
+    if not s.precision.fp4:
+        return f"FP4_HEAL_STEP={step}: needs FP4=1: it is where the run leaves FP4 for FP8; unset it"
+    if step >= steps:
+        return f"FP4_HEAL_STEP={step}: must be below MAX_STEPS={steps}; unset it to stay in FP4"
+    return None
+
+
 def needs_fp8(variable: str) -> Rule:
     def check(s: Settings) -> str | None:
         return f"{variable}=1: needs FP8=1" if s.value(variable) and not s.precision.fp8 else None

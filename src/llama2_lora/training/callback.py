@@ -56,12 +56,13 @@ class MLPerfCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        # The gradient norm has just been read from the GPU: this read waits for nothing more.
-        loss = float(trainer.callback_metrics["reduced_train_loss"])
-        self._refuse_non_finite("train loss", loss, step)
         if step == 1:
             refuse_untrained(trainer.strategy.megatron_parallel)
         if step % self.settings.performance.log_every_steps == 0:
+            # A read waits for the GPU, so the steps between have none: the host enqueues the next one meanwhile. What was
+            # not finite there still is not: it is in the weights.
+            loss = float(trainer.callback_metrics["reduced_train_loss"])
+            self._refuse_non_finite("train loss", loss, step)
             self.mlperf_log.train_loss(loss, trainer.optimizers[0].param_groups[0]["lr"], self._samples(trainer))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -98,6 +99,7 @@ class MLPerfCallback(pl.Callback):
         self.mlperf_log.block_start(samples)
 
     def _stop_block(self, samples: int) -> None:
+        torch.cuda.synchronize()  # the steps are enqueued; the block ends when they have run
         seconds = time.monotonic() - self.block_start_time
         sequences = samples - self.block_start_samples
         steps = sequences / self.settings.global_batch_size

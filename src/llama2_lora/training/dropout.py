@@ -30,12 +30,11 @@ MICRO_BATCH = "adapter-micro-batch"
 def begin_micro_batch() -> None:
     """Tell the adapters that the forward pass of this rank's next training micro-batch begins."""
     tracker = get_cuda_rng_tracker()
-    tracker.set_states(tracker.get_states() | {MICRO_BATCH: torch.tensor(_micro_batch() + 1)})
+    tracker.set_states(tracker.get_states() | {MICRO_BATCH: _micro_batch() + 1})
 
 
 def _micro_batch() -> int:
-    begun = get_cuda_rng_tracker().get_states().get(MICRO_BATCH)
-    return -1 if begun is None else int(begun)
+    return get_cuda_rng_tracker().get_states().get(MICRO_BATCH, -1)
 
 
 @dataclass
