@@ -88,6 +88,10 @@ def test_summarize_tells_energy_and_the_slowest_rank(watched: tuple) -> None:
     texts = [finding["text"] for finding in found["findings"]]
     assert any("not at the wall" in text for text in texts)
     assert any(text.startswith("slowest rank ") for text in texts)
+    page = results / "page.html"
+    done = subprocess.run([*command[:-1], "--html", page], env=clean_environment(), capture_output=True, text=True, timeout=100)
+    assert '<svg class="chart" viewBox' in page.read_text(), done.stderr
+    assert "power over time" in page.read_text()
 
 
 def test_nobody_is_left_behind(watched: tuple) -> None:
