@@ -23,10 +23,11 @@ ENV PATH=/opt/llama2_lora/bin:${PATH} \
 
 # The packages first: a change of the code does not install them anew
 COPY requirements.txt requirements-cpu.txt ./
-COPY scripts/install_image.sh scripts/setup_env.sh scripts/
-RUN scripts/install_image.sh packages
+COPY scripts/setup_env.sh scripts/
+COPY scripts/lib/install_image.sh scripts/lib/
+RUN scripts/lib/install_image.sh packages
 COPY . .
-RUN scripts/install_image.sh project
+RUN scripts/lib/install_image.sh project
 
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="llama2_70b_lora" \

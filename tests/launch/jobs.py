@@ -199,7 +199,7 @@ def make_image(folder: Path, mounts: list[tuple[str, str]], **more: str) -> None
     python.write_text('#!/bin/sh\nexec /workspace/ft-llm/tests/launch/bin/python "$@"\n')
     python.chmod(0o755)
     environment = os.environ | {"LOGIN_PROFILE": str(folder / "etc/profile.d/llama2_lora.sh")}
-    subprocess.run([ROOT / "scripts/install_image.sh", "login", "/opt/llama2_lora"], check=True, env=environment)
+    subprocess.run([ROOT / "scripts/lib/install_image.sh", "login", "/opt/llama2_lora"], check=True, env=environment)
 
 
 def make_files(folder: Path) -> None:

@@ -43,7 +43,7 @@ def test_the_steps_in_order():
         "scripts/preflight.py",
         "probe",
         "judge",
-        "scripts/allreduce_bench.py",
+        "scripts/lib/allreduce_bench.py",
     ]
     steps += (
         ["--allreduce"] + ["drop_caches", "scripts/run_and_time.sh", "mlperf_logging.compliance_checker"] + ["enroot remove"]

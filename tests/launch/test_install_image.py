@@ -1,4 +1,4 @@
-"""scripts/install_image.sh on a base that has torch: nothing of the base is replaced, Transformer Engine comes where it lacks.
+"""install_image.sh on a base that has torch: nothing of the base is replaced, Transformer Engine comes where it lacks.
 
 An image cannot be built here: `python` is a stand-in that keeps a list of installed packages.
 """
@@ -15,7 +15,7 @@ import pytest
 
 from helpers import ROOT
 
-SCRIPT = ROOT / "scripts/install_image.sh"
+SCRIPT = ROOT / "scripts/lib/install_image.sh"
 PYTHON = """#!/bin/bash
 cd "$(dirname "$0")"
 case "$*" in

@@ -70,8 +70,8 @@ def test_what_cannot_work_is_refused(environment, problem):
 
 def test_the_command():
     assert "python -u src/train.py # launcher: none" in dry_run({}).stdout
-    done = dry_run({"PYTHON": "/a b/python"}, "scripts/allreduce_bench.py", "--mib", "1")
-    assert r"/a\ b/python -u scripts/allreduce_bench.py --mib 1" in done.stdout
+    done = dry_run({"PYTHON": "/a b/python"}, "scripts/lib/allreduce_bench.py", "--mib", "1")
+    assert r"/a\ b/python -u scripts/lib/allreduce_bench.py --mib 1" in done.stdout
 
 
 @pytest.fixture

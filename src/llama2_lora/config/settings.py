@@ -22,7 +22,7 @@ from llama2_lora.gpus import ACCELERATORS
 INT32 = 2**31 - 1
 
 
-# scripts/launcher.sh finds the variables that training reads by `_setting("NAME"` in this file: keep both on a field's line.
+# scripts/lib/launcher.sh finds the variables that training reads by `_setting("NAME"` in this file: keep both on a field's line.
 # fmt: off
 @dataclass(frozen=True, kw_only=True, slots=True)
 class System:

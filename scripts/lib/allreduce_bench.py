@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure the all-reduce bandwidth that training will get: every rank runs this, rank 0 prints one line of JSON.
 
-    torchrun --nproc-per-node=8 --no-python scripts/run_and_time.sh scripts/allreduce_bench.py
+    torchrun --nproc-per-node=8 --no-python scripts/run_and_time.sh scripts/lib/allreduce_bench.py
 
 The figure is the bus bandwidth as nccl-tests defines it, 2 (n - 1) / n * bytes / seconds, so that it compares
 across numbers of ranks with the links' own speed. Uses NCCL where there are GPUs and gloo where there are none.

@@ -97,7 +97,7 @@ P
 }
 
 main() {
-  cd "$(dirname "${BASH_SOURCE[0]}")/.."
+  cd "$(dirname "${BASH_SOURCE[0]}")/../.."
   case "${1:-}" in
     packages) if has_torch; then install_beside_torch; else install_cpu; fi ;;
     project)
