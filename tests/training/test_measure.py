@@ -189,9 +189,9 @@ def texts(found: Any) -> list[str]:
 
 def test_what_does_not_fit_says_what_makes_room() -> None:
     with pytest.raises(
-        ValueError, match=r"^does not fit NVIDIA L40S: one rank needs about \d\d\.\d GB, there are 48\.0; "
+        ValueError, match=r"^does not fit NVIDIA L4: one rank needs about \d\d\.\d GB, there are 24\.0; "
     ) as caught:
-        session(Device("NVIDIA L40S", "", 48 * 10**9, "13.0"))
+        session(Device("NVIDIA L4", "", 24 * 10**9, "13.0"))
     assert "--layers" in str(caught.value)
 
 

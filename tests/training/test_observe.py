@@ -88,11 +88,34 @@ def test_summarize_tells_energy_and_the_slowest_rank(watched: tuple) -> None:
     texts = [finding["text"] for finding in found["findings"]]
     assert any("not at the wall" in text for text in texts)
     assert any(text.startswith("slowest rank ") for text in texts)
+    page = results / "page.html"
+    done = subprocess.run([*command[:-1], "--html", page], env=clean_environment(), capture_output=True, text=True, timeout=100)
+    assert '<svg class="chart" viewBox' in page.read_text(), done.stderr
+    assert "power over time" in page.read_text()
 
 
 def test_nobody_is_left_behind(watched: tuple) -> None:
     left = subprocess.run(["pgrep", "-f", str(watched[0])], capture_output=True, text=True)
     assert left.stdout == ""
+
+
+def test_without_nvidia_smi_there_is_one_line_and_no_file(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "src/llama2_lora/node/power.py", tmp_path / "power/node_0.txt", "1"]
+    done = subprocess.run(command, env={"PATH": str(tmp_path)}, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: OBSERVE_POWER: [Errno 2] No such file or directory: 'nvidia-smi'\n"
+    assert not (tmp_path / "power").exists()
+
+
+def test_a_sampler_ends_with_its_rank(tmp_path: Path, path_with_stand_ins: str) -> None:
+    """The pipe that starts it closes when the rank dies, however it does."""
+    command = [sys.executable, ROOT / "src/llama2_lora/node/power.py", tmp_path / "node_0.txt", "0.05"]
+    done = subprocess.run(
+        command, env={"PATH": path_with_stand_ins}, input="start\n", text=True, capture_output=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    keys = [event["key"] for event in events((tmp_path / "node_0.txt").read_text())]
+    assert (keys[0], keys[-1]) == ("power_measurement_start", "power_measurement_stop")
 
 
 def test_the_slowest_by_hand() -> None:

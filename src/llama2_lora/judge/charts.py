@@ -183,6 +183,24 @@ def throughput_chart(result: Result) -> str:
     return axes.svg("throughput over time", lambda v: f"{v:.4g}")
 
 
+def power_chart(result: Result) -> str:
+    """Kilowatts of all nodes against minutes since run_start, where power was measured."""
+    curves = []
+    for run in result.runs:
+        start = run.first("run_start")
+        if run.power and len(run.power.curve) > 1 and start:
+            curves.append((run, [((ms - start.time_ms) / 60e3, watts / 1e3) for ms, watts in run.power.curve]))
+    if not curves:
+        return ""
+    points = [point for _, curve in curves for point in curve]
+    axes = Axes(_range(x for x, _ in points), _range((y for _, y in points), 0.08), ("minutes since run_start", "kW"))
+    marked = extremes(result)
+    for run, curve in curves:
+        assert run.power
+        axes.run([curve], _style(run, marked), f"{_name(run, marked)}: {run.power.mean_watts / 1e3:.3g} kW on average", [])
+    return axes.svg("power over time", lambda v: f"{v:.3g}")
+
+
 def time_chart(result: Result) -> str:
     """Minutes of initialization, training and evaluation, one bar per run."""
     runs = [run for run in result.runs if run.train_minutes is not None]

@@ -6,7 +6,7 @@ from html import escape
 
 from llama2_lora.findings import Finding
 from llama2_lora.forecast.cost import Rates
-from llama2_lora.judge.charts import extremes, loss_chart, throughput_chart, time_chart
+from llama2_lora.judge.charts import extremes, loss_chart, power_chart, throughput_chart, time_chart
 from llama2_lora.judge.published import envelope, label
 from llama2_lora.judge.report import (
     COLUMN_NOTES,
@@ -106,6 +106,7 @@ def _section(index: int, result: Result, peak_tflops: float | None, rates: Rates
         f"Evaluation loss{over}": loss_chart(result),
         f"Training throughput{marks}": throughput_chart(result),
         f"Time split {legend}": time_chart(result),
+        "Power": power_chart(result),
     }
     drawn = "".join(f"<figure><figcaption>{title}</figcaption>{svg}</figure>" for title, svg in charts.items() if svg)
     heading = f"<h2>{escape(result.title)}</h2>" if count > 1 else ""

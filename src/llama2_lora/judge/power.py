@@ -15,6 +15,7 @@ from llama2_lora.judge.runlog import Event, RunLog, number, read_log
 from llama2_lora.node.power import SOURCE as GPUS_ALONE
 
 POWER_KEYS = ("power_measurement_start", "power_measurement_stop", "power_reading", "interconnect_power_est", "conversion_eff")
+MOST_POINTS = 300  # of a curve
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Power:
     nodes: int
     switches: int
     gpus_alone: bool = False  # OBSERVE_POWER: no meter at the wall
+    curve: tuple[tuple[float, float], ...] = ()  # milliseconds of the logs' clock, watts of all nodes together
 
 
 def is_power_log(log: RunLog) -> bool:
@@ -45,6 +47,7 @@ def result_of(path: Path) -> Path:
 
 def power_of(logs: Iterable[RunLog]) -> Power | None:
     """Of the power logs of one run; None where none of them holds a reading."""
+    logs = list(logs)
     nodes, switches, gpus_alone = [], [], False
     for log in logs:
         gpus_alone = gpus_alone or any(event.metadata.get("source") == GPUS_ALONE for event in log.events)
@@ -53,8 +56,24 @@ def power_of(logs: Iterable[RunLog]) -> Power | None:
             nodes.append(watts)
         elif (watts := _estimated_watts(events)) is not None:
             switches.append(watts)
-    found = Power(sum(nodes) + sum(switches), len(nodes), len(switches), gpus_alone)
+    found = Power(sum(nodes) + sum(switches), len(nodes), len(switches), gpus_alone, _curve(logs))
     return found if nodes or switches else None
+
+
+def _curve(logs: list[RunLog]) -> tuple[tuple[float, float], ...]:
+    """Each node's last reading, added up whenever one of them has a new one; from when all have one."""
+    readings = sorted(
+        (event.time_ms, node, watts * _efficiency(log.events))
+        for node, log in enumerate(logs)
+        for event in log.events
+        if event.key == "power_reading" and (watts := number(event.value)) is not None
+    )
+    nodes, last, found = {node for _, node, _ in readings}, dict[int, float](), list[tuple[float, float]]()
+    for time_ms, node, watts in readings:
+        last[node] = watts
+        if last.keys() == nodes:
+            found.append((time_ms, sum(last.values())))
+    return tuple(found[:: max(1, len(found) // MOST_POINTS)])
 
 
 def _mean_watts(events: list[Event]) -> float | None:
@@ -81,7 +100,7 @@ def _estimated_watts(events: list[Event]) -> float | None:
     return None if found is None else _efficiency(events) * found
 
 
-def _efficiency(events: list[Event]) -> float:
+def _efficiency(events: Iterable[Event]) -> float:
     found = [value for e in events if e.key == "conversion_eff" and (value := number(e.value)) is not None]
     return found[-1] if found else 1.0
 

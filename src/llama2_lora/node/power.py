@@ -30,17 +30,18 @@ def command(seconds: float) -> list[str]:
 
 def sample(file: Path, seconds: float) -> None:
     """Wait for the start, then write until the end. Raises OSError where there is no nvidia-smi or FILE cannot be written."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as out, subprocess.Popen(command(seconds), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as smi:
+    with subprocess.Popen(command(seconds), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as smi:
         assert smi.stdout
         try:
             if not sys.stdin.readline():
                 return
             os.set_blocking(smi.stdout.fileno(), False)
-            smi.stdout.read()  # what was read before the start
-            _write(out, "power_measurement_start", None, {"source": SOURCE})
-            _record(out, smi.stdout)
-            _write(out, "power_measurement_stop", None, {})
+            smi.stdout.read()  # what was printed before the start
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("w") as out:
+                _write(out, "power_measurement_start", None, {"source": SOURCE})
+                _record(out, smi.stdout)
+                _write(out, "power_measurement_stop", None, {})
         finally:
             smi.kill()
 
@@ -94,4 +95,7 @@ def _write(out: TextIO, key: str, value: float | None, metadata: dict[str, Any])
 
 
 if __name__ == "__main__":
-    sample(Path(sys.argv[1]), float(sys.argv[2]))
+    try:
+        sample(Path(sys.argv[1]), float(sys.argv[2]))
+    except OSError as error:  # the run goes on without
+        sys.exit(f"error: OBSERVE_POWER: {error}")

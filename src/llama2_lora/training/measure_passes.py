@@ -123,6 +123,7 @@ class Passes(pl.Callback):
         own, whole = ("self_device_time_total", "device_time_total") if gpu else ("self_cpu_time_total", "cpu_time_total")
         events = profile.key_averages()
         kernels = [e for e in events if not gpu or e.device_type == torch.autograd.DeviceType.CUDA]
+        kernels = [e for e in kernels if not getattr(e, "is_user_annotation", False)]
         kernels = sorted((e for e in kernels if getattr(e, own) > 0), key=lambda e: -getattr(e, own))
         self.found.kernels = [Kernel(e.key, getattr(e, own) / 1e6, e.count) for e in kernels[:KERNELS]]
         rest = kernels[KERNELS:]

@@ -12,6 +12,7 @@ allocator's history do slow the steps that they watch.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import socket
 import subprocess
@@ -230,8 +231,12 @@ class PowerLog(Watcher):
 
     def end(self) -> None:
         if self.process and self.process.stdin:
-            self.process.stdin.close()
-            self.process.wait(timeout=10)
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+            try:
+                self.process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
             self.process = None
 
 
