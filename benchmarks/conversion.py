@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -65,21 +66,24 @@ def write_source(folder: Path) -> int:
 
 
 def import_ckpt(source: Path, output: Path) -> None:
-    """NeMo's way. Its importer's configuration asks for Transformer Engine's kernels: the CPU's options are put in."""
-    from nemo.collections import llm
-    from nemo.collections.llm.gpt.model import llama
+    """NeMo's way."""
+    from llama2_lora.training.cpu import cpu_platform
 
-    from llama2_lora.training.cpu import CPU_MODEL_OPTIONS, cpu_platform
+    with cpu_platform():
+        from nemo.collections import llm
+        from nemo.collections.llm.gpt.model import llama
 
-    real, config = llama.LlamaConfig, llama.HFLlamaImporter.config.fget
+        # The fused accumulation is a kernel of APEX, which is not there
+        unfused = partial(llama.LlamaConfig, gradient_accumulation_fusion=False)
+        any_model = llm.LlamaModel(unfused(num_layers=1, hidden_size=8, num_attention_heads=1))
+        config = llama.HFLlamaImporter.config.fget
 
-    def config_for_cpu(self: llama.HFLlamaImporter) -> llama.LlamaConfig:
-        with patch.object(llama, "LlamaConfig", lambda **options: real(**options | CPU_MODEL_OPTIONS)):
-            return config(self)
+        def config_without_apex(self: llama.HFLlamaImporter) -> llama.LlamaConfig:
+            with patch.object(llama, "LlamaConfig", unfused):
+                return config(self)
 
-    with cpu_platform(), patch.object(llama.HFLlamaImporter, "config", property(config_for_cpu)):
-        any_model = llm.LlamaModel(real(num_layers=1, hidden_size=8, num_attention_heads=1, **CPU_MODEL_OPTIONS))
-        llm.import_ckpt(any_model, f"hf://{source}", output_path=output)
+        with patch.object(llama.HFLlamaImporter, "config", property(config_without_apex)):
+            llm.import_ckpt(any_model, f"hf://{source}", output_path=output)
 
 
 def measure(name: str, command: list[object], output: Path) -> dict:

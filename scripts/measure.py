@@ -20,8 +20,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 from llama2_lora.config.settings import Settings
 from llama2_lora.config.shell import source
 from llama2_lora.findings import Finding, show

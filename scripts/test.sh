@@ -21,7 +21,8 @@ main() {
   PATH="${PWD}/${VENV:-.venv}/bin:${PATH}"
   export PATH PYTHONPATH=src OMP_NUM_THREADS=1
   lint
-  pytest "$@"
+  # Two at a time: what one file's tests share is made once (tests/conftest.py)
+  pytest -n 2 --dist loadgroup "$@"
 }
 
 main "$@"
