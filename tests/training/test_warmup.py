@@ -21,10 +21,10 @@ from helpers.training_runs import Tiny, clean_environment, free_port, train_here
 
 def worker(environments: list[dict[str, str]], report: Path) -> None:
     """Train with and without warm-up, in one process; the report says what changed during the warm-up."""
-    from llama2_lora.training import callback
+    from llama2_lora.training import warmup
 
     found: dict[str, Any] = {}
-    original = callback.warm_up
+    original = warmup.warm_up
 
     def watched(trainer: Any, settings: Any) -> None:
         model = trainer.strategy.megatron_parallel
@@ -38,7 +38,7 @@ def worker(environments: list[dict[str, str]], report: Path) -> None:
 
     for environment in environments:
         print("run", flush=True)
-        with patch.object(callback, "warm_up", watched if environment["WARMUP_TRAIN_STEPS"] != "0" else original):
+        with patch.object(warmup, "warm_up", watched if environment["WARMUP_TRAIN_STEPS"] != "0" else original):
             train_here(environment)
     report.write_text(json.dumps(found))
 
