@@ -21,6 +21,9 @@ from helpers.training_runs import Tiny, clean_environment, free_port, train_here
 
 def worker(environments: list[dict[str, str]], report: Path) -> None:
     """Train with and without warm-up, in one process; the report says what changed during the warm-up."""
+    from llama2_lora.training.cpu import extension
+
+    extension.load()  # before Megatron
     from llama2_lora.training import warmup
 
     found: dict[str, Any] = {}
