@@ -120,7 +120,7 @@ class Precision:
     fp8_recipe: str = _setting("FP8_RECIPE", "delayed", "FP8 scaling", choices=("delayed", "tensorwise", "mxfp8", "blockwise"))
     fp8_format: str = _setting("FP8_FORMAT", "hybrid", "E4M3 everywhere, or `hybrid`: E5M2 for gradients", choices=("hybrid", "e4m3"))
     fp8_amax_algo: str = _setting("FP8_AMAX_ALGO", "most_recent", "How delayed scaling reads the amax history", choices=("most_recent", "max"))
-    fp8_amax_history: int = _setting("FP8_AMAX_HISTORY", 4, "Length of the amax history of delayed scaling", low=1, unit="steps")
+    fp8_amax_history: int = _setting("FP8_AMAX_HISTORY", 4, "Length of the amax history of delayed scaling", low=1, unit="micro-batches")
     fp8_attention: bool = _setting("FP8_DPA", False, "FP8 dot product attention")
     fp8_weights: bool = _setting("FP8_PARAMS", False, "Keep the frozen weights in FP8 only: halves their memory")
     fp8_swiglu: bool = _setting("FP8_ACT", False, "Keep SwiGLU's input for the backward pass in FP8: halves the largest activation")
