@@ -23,11 +23,7 @@ def worker(environments: list[dict[str, str]], report: Path) -> None:
     """Train with and without warm-up, in one process; the report says what changed during the warm-up."""
     from llama2_lora.training.cpu import extension
 
-<<<<<<< HEAD
-    extension.load()  # before Megatron is imported
-=======
     extension.load()  # before Megatron
->>>>>>> training
     from llama2_lora.training import warmup
 
     found: dict[str, Any] = {}
