@@ -15,10 +15,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama2_lora.config import rules
-from llama2_lora.judge.checks import judge
-from llama2_lora.judge.submission import Code, code_problems, configs, folder_name, read_system, run_problems
-from llama2_lora.judge.tree import Entry, build, tree_problems
+from llama2_lora.packages import missing_package_named
+
+with missing_package_named():
+    from llama2_lora.config import rules
+    from llama2_lora.judge.checks import judge
+    from llama2_lora.judge.submission import Code, code_problems, configs, folder_name, read_system, run_problems
+    from llama2_lora.judge.tree import Entry, build, tree_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -18,14 +18,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama2_lora.findings import Finding
-from llama2_lora.forecast.cost import Rates, positive
-from llama2_lora.judge.checks import RULESETS, judge
-from llama2_lora.judge.page import page
-from llama2_lora.judge.report import as_dict
-from llama2_lora.judge.results import Summary
-from llama2_lora.judge.terminal import print_csv, print_summary
-from llama2_lora.judge.watch import watch
+from llama2_lora.packages import missing_package_named
+
+with missing_package_named():
+    from llama2_lora.findings import Finding
+    from llama2_lora.forecast.cost import Rates, positive
+    from llama2_lora.judge.checks import RULESETS, judge
+    from llama2_lora.judge.page import page
+    from llama2_lora.judge.report import as_dict
+    from llama2_lora.judge.results import Summary
+    from llama2_lora.judge.terminal import print_csv, print_summary
+    from llama2_lora.judge.watch import watch
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
