@@ -26,7 +26,7 @@ def test_a_fault_of_our_own_is_no_missing_package() -> None:
         raise ModuleNotFoundError("No module named 'llama2_lora.nothing'", name="llama2_lora.nothing")
 
 
-@pytest.mark.parametrize("script", ["preflight.py", "health.py", "summarize.py", "package_submission.py"])
+@pytest.mark.parametrize("script", ["preflight.py", "health.py", "summarize.py"])
 def test_without_rich(script: str, tmp_path: Path) -> None:
     """As in a bare Python: a rich that cannot be found stands before the installed one."""
     (tmp_path / "rich").mkdir()
@@ -36,7 +36,6 @@ def test_without_rich(script: str, tmp_path: Path) -> None:
         "preflight.py": ["config_CPU_1x2x4.sh"],
         "health.py": ["judge", tmp_path / "probes", "--gpus=1"],
         "summarize.py": [tmp_path],
-        "package_submission.py": [tmp_path, "--system", tmp_path / "system.json", "--output", tmp_path / "tree"],
     }[script]
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / script, *arguments],
