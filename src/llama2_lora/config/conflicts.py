@@ -232,6 +232,11 @@ def one_precision(s: Settings) -> str | None:
 
 
 @rule
+def fp4_weights_follow_fp4(s: Settings) -> str | None:
+    return "FP4_PARAMS=1: needs FP4=1" if s.precision.fp4_weights and not s.precision.fp4 else None
+
+
+@rule
 def healing_follows_fp4(s: Settings) -> str | None:
     step, steps = s.precision.fp4_heal_step, s.optimization.max_steps
     if step is None:
