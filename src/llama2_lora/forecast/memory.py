@@ -268,7 +268,7 @@ def _savings(settings: Settings, shape: LlamaShape) -> Iterator[tuple[str, Setti
 
     if settings.batch.validation_micro > 1:
         yield "VAL_MBS=1", replace(settings, batch=replace(settings.batch, validation_micro=1))
-    if settings.precision.fp8 and not settings.precision.fp8_swiglu:
+    if (settings.precision.fp8 or settings.precision.fp4) and not settings.precision.fp8_swiglu:
         yield "FP8_ACT=1", replace(settings, precision=replace(settings.precision, fp8_swiglu=True))
     if settings.parallel.pp == 1:
         for layers in range(1, shape.layers // 2 + 1):  # the host link is too slow for more

@@ -52,7 +52,7 @@ def switch_to_fp8(model: torch.nn.Module, fp8_format: str) -> None:
 
 
 def requantize(module: torch.nn.Module, recipe: Recipe) -> None:
-    """The NVFP4 weight of one of Transformer Engine's linear layers -> an FP8 weight of `recipe`, as if it had been built so."""
+    """The NVFP4 weight of one of Transformer Engine's linear layers -> an FP8 one of `recipe`, as if it had been built so."""
     values = module.weight.dequantize()
     # What the layer's constructor does: quantizers first, then the weight. MXFP8 needs the copy by columns (model.py).
     module.fp8_initialized = False
