@@ -6,6 +6,7 @@ Run by the image's build, and by hand in any image: python scripts/check_image.p
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.metadata
 import importlib.util
@@ -57,6 +58,7 @@ def problems(module: str, package: str, pin: str) -> list[str]:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     found = [problem for module, (package, pin) in pinned().items() for problem in problems(module, package, pin)]
     for problem in found:
         print(f"error: {problem}", file=sys.stderr)

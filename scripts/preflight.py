@@ -33,7 +33,8 @@ with missing_package_named():
     from llama2_lora.forecast.plan import Plan, plan
     from llama2_lora.forecast.show import plot, show_plan
 
-NODE_PATHS = ("DATA_PATH", "CKPT_PATH", "RESULTS_PATH")  # where a node has its files, which no config says
+# What no config says: where a node has its files, and who submits which system
+OF_THE_SITE = ("DATA_PATH", "CKPT_PATH", "RESULTS_PATH", "MLPERF_SUBMITTER", "MLPERF_SYSTEM_NAME", "MLPERF_STATUS")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -50,11 +51,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def environment(config: Path | None) -> dict[str, str]:
-    """What settings are read from: a config's exports with this node's paths, or the current environment."""
+    """What settings are read from: a config's exports with what the site says, or the current environment."""
     here = dict(os.environ)  # noqa: TID251
     if config is None:
         return here
-    return {name: here[name] for name in NODE_PATHS if name in here} | source(config)
+    return source(config, {name: here[name] for name in OF_THE_SITE if name in here})
 
 
 def examine(

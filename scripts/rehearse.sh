@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The rehearsal: the cluster run's code on two CPU cores, from nothing to a judged log. About 6 minutes after the install.
+# The rehearsal: the cluster run's code on two CPU cores, from nothing to a judged log. About four minutes after the install.
 #   scripts/rehearse.sh              generated reports; the target is the benchmark's 0.925
 #   scripts/rehearse.sh --gpu        on the GPUs of this machine, in the image: real kernels, FP8; config_GPU_1x*.sh
 #   scripts/rehearse.sh --text DIR   your own text files (scripts/rehearsal_data.py --help says which); TARGET_LOSS is free

@@ -71,6 +71,10 @@ nsight() {
 
 main() {
   local launcher bind nsys command
+  if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then
+    sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    return
+  fi
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
   map_launcher
   map_rendezvous

@@ -6,6 +6,10 @@
 set -euo pipefail
 
 main() {
+  if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then
+    sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    return
+  fi
   if (($# != 1)) || [[ ! -f "$1" ]]; then
     printf 'usage: %s CONFIG.sh%s\n' "$0" "${1:+ ($1 is no file)}" >&2
     exit 2

@@ -16,6 +16,10 @@ lint() {
 }
 
 main() {
+  if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then
+    sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    return
+  fi
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
   scripts/setup_env.sh
   PATH="${PWD}/${VENV:-.venv}/bin:${PATH}"

@@ -17,6 +17,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 def main() -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells each rank's end a second time
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__, flush=True)  # torchrun's own follows
     try:
         run.main()
     except ChildFailedError as error:

@@ -55,6 +55,13 @@ def test_every_shipped_config_is_a_go(config: Path) -> None:
     assert done.stdout.splitlines()[-1].startswith(f"{config.stem.removeprefix('config_')}: go")
 
 
+def test_a_submitter_exported_before_is_known() -> None:
+    """In the README's order: export who submits, then check the config, which only has defaults for it."""
+    assert "MLPERF_SUBMITTER" in preflight(H100).stdout
+    exported = {"MLPERF_SUBMITTER": "Cobalt", "MLPERF_SYSTEM_NAME": "8xH100", "MLPERF_STATUS": "onprem"}
+    assert preflight(H100, **exported).stdout.splitlines()[-1] == "DGXH100_1x8x4: go"
+
+
 def test_shipped_h100_config_by_hand() -> None:
     """GBS 8: first evaluation (3 + 1) * 48 = 192, then every 48; cosine at 400 of 800 is half; mean 3,179 / 8 = 397."""
     found = values(H100)

@@ -11,7 +11,8 @@ from llama2_lora.config.values import type_name
 
 def settings_page() -> str:
     """docs/settings.md: a table for each group."""
-    lines = ["# Settings", "", "Made by `python -m llama2_lora.config.settings > docs/settings.md`: do not edit.", ""]
+    lines = ["# Settings", "", "*For whoever writes a config, or wonders what a variable does.*"]
+    lines += ["Made by `python -m llama2_lora.config.settings > docs/settings.md`: do not edit.", ""]
     lines.append("A config exports these; an empty one counts as unset. `scripts/preflight.py` checks them all at once.")
     for name, group in GROUPS.items():
         lines += ["", f"## {name.capitalize()}", "", group.__doc__ or "", "", "| variable | default | values | meaning |"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -13,8 +14,9 @@ SOURCE_SECONDS = 5
 SHELL_VARIABLES = ("PWD", "OLDPWD", "SHLVL", "_", "PATH")
 
 
-def source(config: Path) -> dict[str, str]:
-    """Name and value of every variable that `source CONFIG` exports. ValueError says why there are none."""
+def source(config: Path, given: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Name and value of every variable that `source CONFIG` exports, `given` being exported before. ValueError says why there
+    are none."""
     if not config.is_file():
         raise ValueError(f"{config}: no such file")
     if not fnmatch(config.name, "config_*.sh"):  # sourcing runs it, whatever it is
@@ -26,7 +28,7 @@ def source(config: Path) -> dict[str, str]:
     command = ["bash", "--noprofile", "--norc", "-c", 'source "$1" >&2 && env -0', "bash", str(config.resolve())]
     try:
         done = subprocess.run(
-            command, env={"PATH": os.defpath}, stdin=subprocess.DEVNULL, capture_output=True, timeout=SOURCE_SECONDS
+            command, env={"PATH": os.defpath, **(given or {})}, stdin=subprocess.DEVNULL, capture_output=True, timeout=SOURCE_SECONDS
         )
         text, said = done.stdout.decode(), done.stderr.decode(errors="replace")
     except subprocess.TimeoutExpired:

@@ -25,7 +25,7 @@ LATER = {
 }
 INTRODUCTION = f"""# Configs
 
-Made by `{COMMAND}`: do not edit.
+*For whoever chooses a config, or adds one.* Made by `{COMMAND}`: do not edit.
 
 A config's name says system, nodes, GPUs per node and MINIBS (sequences of one replica per step); GBS is MINIBS times the
 replicas. `source` it, then `sbatch -N "$DGXNNODES" -t "$WALLTIME" run.sub`. Memory is counted and time is forecast for this
