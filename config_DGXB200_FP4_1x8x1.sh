@@ -10,4 +10,6 @@ export CP=1
 export LR=6e-4
 export MAX_STEPS=550                      # end of the cosine; the mean run stops after 397 steps
 export FP4=1 FP8=0 FP8_PARAMS=0 FP8_DPA=0 # NVFP4 in place of FP8
+export FP4_PARAMS=1                       # no bf16 weights beside them, which would not fit
+export FP8_ACT=1                          # 38 GB a GPU; as in published runs
 export FP4_HEAL_STEP=350                  # FP8 from there on, as in published runs

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import obey_ctrl_c
 from helpers.hub_server import COMMIT, TOKEN, HubServer
 from llama2_lora.hub import client
 
@@ -169,7 +170,10 @@ def test_kill_in_the_middle_leaves_no_checkpoint_and_the_next_call_goes_on(serve
 
 def test_ctrl_c_ends_it_at_once(server: HubServer, tmp_path: Path) -> None:
     server.pause_at[LARGE] = 1_000_000
-    process = subprocess.Popen(command(server, tmp_path), env=server.environment(tmp_path), stderr=subprocess.PIPE, text=True)
+    environment = server.environment(tmp_path)
+    process = subprocess.Popen(
+        command(server, tmp_path), env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=obey_ctrl_c
+    )
     assert server.paused.wait(30)
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130  # the server is still silent: a thread that waits for it must not hold the process

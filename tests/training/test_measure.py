@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import ROOT
+from helpers import ROOT, obey_ctrl_c
 from helpers.training_runs import clean_environment
 from llama2_lora.config.settings import Settings
 from llama2_lora.config.shell import source
@@ -112,7 +112,13 @@ def test_ctrl_c_leaves_no_process_and_the_figures_so_far(tmp_path: Path) -> None
     output = tmp_path / "m.json"
     command = [*map(str, COMMAND), str(ROOT / "config_CPU_1x2x4.sh"), "--steps", "100000", "--output", str(output)]
     with subprocess.Popen(
-        command, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=obey_ctrl_c,
     ) as process:
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline and not (output.is_file() and '"step_seconds": [\n' in output.read_text()):

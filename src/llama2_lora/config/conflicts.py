@@ -232,6 +232,17 @@ def one_precision(s: Settings) -> str | None:
 
 
 @rule
+def fp8_swiglu_follows_low_precision(s: Settings) -> str | None:
+    low = s.precision.fp8 or s.precision.fp4
+    return "FP8_ACT=1: needs FP8=1 or FP4=1" if s.precision.fp8_swiglu and not low else None
+
+
+@rule
+def fp4_weights_follow_fp4(s: Settings) -> str | None:
+    return "FP4_PARAMS=1: needs FP4=1" if s.precision.fp4_weights and not s.precision.fp4 else None
+
+
+@rule
 def healing_follows_fp4(s: Settings) -> str | None:
     step, steps = s.precision.fp4_heal_step, s.optimization.max_steps
     if step is None:
@@ -250,7 +261,7 @@ def needs_fp8(variable: str) -> Rule:
     return check
 
 
-RULES += [needs_fp8(variable) for variable in ("FP8_DPA", "FP8_PARAMS", "FP8_ACT")]
+RULES += [needs_fp8(variable) for variable in ("FP8_DPA", "FP8_PARAMS")]
 
 
 @rule

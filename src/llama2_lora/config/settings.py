@@ -123,8 +123,9 @@ class Precision:
     fp8_amax_history: int = _setting("FP8_AMAX_HISTORY", 4, "Length of the amax history of delayed scaling", low=1, unit="micro-batches")
     fp8_attention: bool = _setting("FP8_DPA", False, "FP8 dot product attention")
     fp8_weights: bool = _setting("FP8_PARAMS", False, "Keep the frozen weights in FP8 only: halves their memory")
-    fp8_swiglu: bool = _setting("FP8_ACT", False, "Keep SwiGLU's input for the backward pass in FP8: halves the largest activation")
+    fp8_swiglu: bool = _setting("FP8_ACT", False, "Keep SwiGLU's input for the backward pass in FP8: halves the largest activation; needs FP8=1 or FP4=1")
     fp4: bool = _setting("FP4", False, "NVFP4 linear layers (Blackwell)")
+    fp4_weights: bool = _setting("FP4_PARAMS", False, "Keep the frozen weights in NVFP4 only, quantized once: 1.1 bytes a weight instead of 3.1; needs FP4=1. FP4_HEAL_STEP then makes FP8 weights of the NVFP4 ones: what four bits lost stays lost")
     fp4_heal_step: int | None = _setting("FP4_HEAL_STEP", None, "Steps in FP4 after which the linear layers run in FP8 (FP8_RECIPE, FP8_FORMAT): wins where FP4 alone misses the target; published runs switch at 350 of 550; needs FP4=1; default: never", low=1, unit="steps")
 
 

@@ -27,9 +27,8 @@ def source(config: Path, given: Mapping[str, str] | None = None) -> dict[str, st
         raise ValueError(f"{config}: is no UTF-8: byte {error.start}, {error.reason}; save it in that encoding") from None
     command = ["bash", "--noprofile", "--norc", "-c", 'source "$1" >&2 && env -0', "bash", str(config.resolve())]
     try:
-        done = subprocess.run(
-            command, env={"PATH": os.defpath, **(given or {})}, stdin=subprocess.DEVNULL, capture_output=True, timeout=SOURCE_SECONDS
-        )
+        environment = {"PATH": os.defpath, **(given or {})}
+        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=SOURCE_SECONDS)
         text, said = done.stdout.decode(), done.stderr.decode(errors="replace")
     except subprocess.TimeoutExpired:
         seconds = f"more than {SOURCE_SECONDS} s"

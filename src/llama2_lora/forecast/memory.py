@@ -126,10 +126,14 @@ def _weights(settings: Settings, shape: LlamaShape, accelerator: Accelerator, so
     outside = shape.vocab * shape.hidden * (1 if layout.pp > 1 or shape.tied else 2) / layout.tp
     norms = shape.hidden * (2 * shape.layers / layout.pp + 1)
     found = [Item("embedding, output layer, norms (bf16)", BF16 * (outside + norms), "M")]
-    if not (p.fp8_weights or (p.fp4 and not software.keeps_bf16_beside_fp4)):
+    if not (p.fp8_weights or p.fp4_weights or (p.fp4 and not software.keeps_bf16_beside_fp4)):
         found.append(Item("linear weights (bf16)", BF16 * linear, "M"))
     if p.fp4:
-        found.append(Item("FP4 copies, both directions", 2 * (FP4 + FP4_SCALES) * linear, "T"))
+        what = "linear weights (FP4)" if p.fp4_weights else "FP4 copies"
+        found.append(Item(f"{what}, both directions", 2 * (FP4 + FP4_SCALES) * linear, "T"))
+        if p.fp4_heal_step and p.fp8_recipe == "mxfp8":  # of the other recipes' there is less than of the FP4 ones, which go
+            more = 2 * (FP8 + BLOCK_SCALES) - 2 * (FP4 + FP4_SCALES)
+            found.append(Item("FP8 weights after the switch, beyond FP4's", more * linear, "T"))
     if p.fp8:
         blocks = BLOCK_SCALES if p.fp8_recipe == "mxfp8" else 0.0
         what = "linear weights (FP8)" if p.fp8_weights else "FP8 copies of the weights"
@@ -226,9 +230,9 @@ def _evaluation(settings: Settings, shape: LlamaShape, step_bytes: float) -> Ite
 
 
 def restore_bytes(settings: Settings, shape: LlamaShape) -> float:
-    """What restoring needs above the weights: one layer in bf16, as it is loaded, and where the weights are FP8 once more,
-    as Megatron's copy of them (training/restore.py)."""
-    copies = 2 if settings.precision.fp8_weights else 1
+    """What restoring needs above the weights: one layer in bf16, as it is loaded, and where the weights are FP8 or FP4 once
+    more, as Megatron's copy of them (training/restore.py)."""
+    copies = 2 if settings.precision.fp8_weights or settings.precision.fp4_weights else 1
     return copies * BF16 * linear_parameters(shape) / shape.layers / settings.parallel.tp
 
 
@@ -264,7 +268,7 @@ def _savings(settings: Settings, shape: LlamaShape) -> Iterator[tuple[str, Setti
 
     if settings.batch.validation_micro > 1:
         yield "VAL_MBS=1", replace(settings, batch=replace(settings.batch, validation_micro=1))
-    if settings.precision.fp8 and not settings.precision.fp8_swiglu:
+    if (settings.precision.fp8 or settings.precision.fp4) and not settings.precision.fp8_swiglu:
         yield "FP8_ACT=1", replace(settings, precision=replace(settings.precision, fp8_swiglu=True))
     if settings.parallel.pp == 1:
         for layers in range(1, shape.layers // 2 + 1):  # the host link is too slow for more

@@ -6,11 +6,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import transformer_engine_torch as tex
+from megatron.core.fp8_utils import get_fp8_recipe
 from mlperf_logging.mllog import constants
+from transformer_engine.common.recipe import Recipe
+from transformer_engine.pytorch import fp8_model_init
+from transformer_engine.pytorch.tensor.nvfp4_tensor import NVFP4Tensor
 
 from llama2_lora.config.settings import Settings
 from llama2_lora.mlperf_log import MLPerfLog
 from llama2_lora.training.callback import precisions
+from llama2_lora.training.model import prepare_fp8_weights
 
 
 class Heal(pl.Callback):
@@ -34,8 +40,31 @@ def switch_to_fp8(model: torch.nn.Module, fp8_format: str) -> None:
 
     Transformer Engine 2.9 notices the other recipe there: it makes new quantizers, drops the FP4 copies of the weights and
     quantizes the bf16 weights again, once (module/base.py, init_fp8_metadata). Delayed scaling starts with a scale of 1.
+    Weights that are NVFP4 themselves (FP4_PARAMS) would end in "Recipe mismatch": they become FP8 weights here.
     """
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
     for config in configs.values():
         if getattr(config, "fp4", None):
-            config.fp4, config.fp8 = None, fp8_format
+            config.fp4, config.fp4_param, config.fp8 = None, False, fp8_format
+    for module in model.modules():
+        if isinstance(getattr(module, "weight", None), NVFP4Tensor):
+            requantize(module, get_fp8_recipe(module.config))
+
+
+def requantize(module: torch.nn.Module, recipe: Recipe) -> None:
+    """The NVFP4 weight of one of Transformer Engine's linear layers -> an FP8 one of `recipe`, as if it had been built so."""
+    values = module.weight.dequantize()
+    # What the layer's constructor does: quantizers first, then the weight. MXFP8 needs the copy by columns (model.py).
+    module.fp8_initialized = False
+    with torch.no_grad(), fp8_model_init(enabled=True, recipe=recipe):
+        module.init_fp8_metadata()
+    quantizer = module.quantizers["scaling_fwd"][tex.FP8FwdTensors.GEMM1_WEIGHT]
+    quantizer.set_usage(rowwise=True, columnwise=recipe.mxfp8())
+    quantizer.internal = False
+    old, module.weight = module.weight, torch.nn.Parameter(quantizer(values), requires_grad=False)
+    for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+        if hasattr(old, name):
+            setattr(module.weight, name, getattr(old, name))
+    prepare_fp8_weights(module)
+    with torch.no_grad():
+        module.weight.copy_(values)  # once more, with the scale that prepare_fp8_weights has set

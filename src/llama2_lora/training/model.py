@@ -103,8 +103,8 @@ class LoraLlama(LlamaModel):
     def configure_model(self, vp_stage: int | None = None) -> None:
         # Where gradients are on, Transformer Engine 2.9 quantizes FP8 weights with a transposed copy (base.py,
         # reset_parameters) and keeps the bf16 start of each on the host: at 70B 17 GB a GPU and 274 GB a node, for nothing.
-        # MXFP8 needs that copy: its scales differ, so it cannot be made from the other one when the backward pass wants it.
-        with torch.set_grad_enabled(self.config.fp8_recipe == "mxfp8"):
+        # MXFP8 and NVFP4 need that copy: its scales differ, so the backward pass cannot make it from the other one.
+        with torch.set_grad_enabled(self.config.fp8_recipe == "mxfp8" or self.config.fp4_param):
             super().configure_model(vp_stage)
         prepare_fp8_weights(self.module)
         if self.config.recompute_granularity == "full":

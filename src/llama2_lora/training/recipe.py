@@ -34,6 +34,8 @@ from llama2_lora.training.evaluation import whole_sequences
 from llama2_lora.training.model import LoraLlama, data_step, forward_step
 from llama2_lora.training.restore import restore
 
+FP4_FORMAT = "e2m1"
+
 
 def build_config(settings: Settings, shape: LlamaShape) -> LlamaConfig:
     """The model's shape and kernels. Precision and layout are added by the precision plugin and the strategy."""
@@ -58,6 +60,8 @@ def build_config(settings: Settings, shape: LlamaShape) -> LlamaConfig:
     # Megatron refuses NVTE_FLASH_ATTN and friends from the environment: this field sets them.
     options["attention_backend"] = AttnBackend.fused
     options["activation_func_fp8_input_store"] = settings.precision.fp8_swiglu
+    if settings.precision.fp4_weights:  # NeMo 2.7.3's precision plugin has no fp4_param, and Megatron refuses it without fp4
+        options |= {"fp4": FP4_FORMAT, "fp4_param": True}
     # Delayed scaling shares the largest values of a micro-batch among the ranks that hold parts of it (TP and CP). Other
     # replicas' are not needed: no FP8 tensor crosses data-parallel ranks, and the reduction stays within a node.
     options["tp_only_amax_red"] = True
@@ -126,7 +130,7 @@ def build_precision(settings: Settings) -> MegatronMixedPrecision:
         fp8_amax_compute_algo=p.fp8_amax_algo,
         fp8_dot_product_attention=p.fp8_attention,
         fp8_param_gather=p.fp8_weights,
-        fp4="e2m1" if p.fp4 else None,
+        fp4=FP4_FORMAT if p.fp4 else None,
     )
 
 
