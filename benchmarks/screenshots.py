@@ -23,7 +23,7 @@ from rich.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs/images"
-COLUMNS, PIXELS_PER_COLUMN = (80, 150), 7.6
+COLUMNS, PIXELS_PER_COLUMN = (80, 150), 8.2
 sys.path.insert(0, str(ROOT / "tests"))
 from helpers.run_text import CONVERGING, write_run  # noqa: E402
 

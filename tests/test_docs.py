@@ -109,3 +109,12 @@ def test_commands_print_what_the_page_shows(page: str, command: str, clone: Path
         ["bash", "-c", f"({command}) 2>&1"], cwd=clone, env=env, stdout=subprocess.PIPE, text=True, timeout=120
     )
     assert matches(shown, done.stdout), f"docs/{page} shows\n{shown}\nbut the command prints\n{done.stdout}"
+
+
+@pytest.mark.parametrize("script", sorted([*(ROOT / "scripts").glob("*.py"), *(ROOT / "scripts").glob("*.sh")]), ids=named)
+def test_help_says_what_a_script_is_for(script: Path) -> None:
+    """In the words of its first lines, and nothing else happens."""
+    program = "bash" if script.suffix == ".sh" else sys.executable
+    done = subprocess.run([program, script, "--help"], env=clean_environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert script.read_text().splitlines()[1].strip('# "') in done.stdout
