@@ -154,6 +154,8 @@ def test_a_go_is_possible(environments: list[dict[str, str]]) -> None:
     for env in environments:
         if problems(env) or not (found := plan(Settings.from_env(env))).go or found.platform == "cpu":
             continue
+        if env.get("REHEARSAL", "") in ("1", "true", "yes", "on"):
+            continue  # a small model, whatever the shape of the 70B
         goes += 1
         s, shape = Settings.from_env(env), LLAMA2_70B
         p = s.parallel

@@ -114,7 +114,7 @@ def evaluation_has_the_layout_or_whole_rows(s: Settings) -> str | None:
 
 @rule
 def whole_rows_need_one_stage_and_no_overlap(s: Settings) -> str | None:
-    if s.parallel.evaluation_cp == s.parallel.cp:
+    if s.parallel.evaluation_cp != 1 or s.parallel.cp == 1:
         return None
     if s.parallel.pp > 1:
         return f"VAL_CP=1: needs PP=1, not {s.parallel.pp}: stages pass on tensors of training's size; unset it"
