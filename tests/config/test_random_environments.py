@@ -165,7 +165,8 @@ def test_a_go_is_possible(environments: list[dict[str, str]]) -> None:
         assert s.optimization.lr > 0, env
         assert s.optimization.lora_dropout < 1, env
         assert found.evaluation.steps, env
-        assert found.memory is None or found.memory.least <= found.memory.capacity, env
+        enough = found.memory is None or found.memory.least <= found.memory.capacity
+        assert enough or s.system.memory_check == "warn", env
         assert not (s.precision.fp4 and found.accelerator in ("H100", "H200", "MI300X")), env
         assert found.forecast is None or found.forecast.walltime_minutes >= found.forecast.run_minutes.low, env
     assert goes > COUNT / 1000
