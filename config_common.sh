@@ -1,6 +1,15 @@
 #!/usr/bin/env bash
 # What all systems share, a reason per line. A config sets DGXSYSTEM, then sources this or its family's file. Only exports.
 
+# A config that was sourced in this shell before leaves nothing behind: all that it and its family set goes first.
+if [[ -n "${CONFIG_FILE:-}" ]]; then
+  for name in $(cd "$(dirname "${BASH_SOURCE[0]}")" && cat "${CONFIG_FILE}" config_common_*.sh 2>/dev/null |
+    sed -n 's/ #.*//; s/^export //p' | grep -oE '(^| )[A-Z][A-Z0-9_]*=' | tr -d ' ='); do
+    [[ "${name}" == DGXSYSTEM ]] || unset "${name}"
+  done
+  unset name
+fi
+
 # Nodes, GPUs per node and MINIBS stand in the system's name: NAME_NODESxGPUSxMINIBS.
 IFS=x read -r DGXNNODES DGXNGPU MINIBS <<<"${DGXSYSTEM##*_}"
 export DGXNNODES DGXNGPU MINIBS

@@ -117,7 +117,7 @@ class MLPerfLog:
             self.run_stop(False, samples)
 
     def train_loss(self, loss: float, lr: float, samples: int) -> None:
-        """Mean over the last global batch, in nats, and the learning rate of its update."""
+        """Mean over the last global batch, in nats, and the learning rate that the schedule has reached: the next update's."""
         self._emit(self._logger.event, "train_loss", loss, samples, {"lr": lr})
 
     def tracked(self, stats: Mapping[str, float], samples: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,20 @@ def test_what_cannot_be_sourced(tmp_path: Path, content: bytes, problem: str) ->
         source(config)
     assert str(caught.value).startswith(f"{config}: ")
     assert str(caught.value).isprintable()
+
+
+def test_a_config_sourced_after_another_is_what_it_is_alone() -> None:
+    """In one shell: FP8_ACT of the first would change the second's numbers, and the log would name the second."""
+    show = "env | grep -vE '^(_|SHLVL|PWD|OLDPWD)=' | sort"
+    names = [config.name for config in CONFIGS]
+    lines = [f"(source ./{name}; {show}) >alone/{name}" for name in names]
+    for first, second in [*zip(names, names[1:] + names[:1], strict=True), *zip(names, names[5:] + names[:5], strict=True)]:
+        lines.append(f"(source ./{first}; source ./{second}; {show}) | cmp - alone/{second} || echo '{first} {second}'")
+    with tempfile.TemporaryDirectory() as folder:
+        for file in ROOT.glob("config_*.sh"):
+            shutil.copy(file, folder)
+        (Path(folder) / "alone").mkdir()
+        done = subprocess.run(
+            ["bash", "-c", "\n".join(lines)], cwd=folder, env={"PATH": os.defpath}, capture_output=True, text=True
+        )
+    assert done.stdout + done.stderr == ""

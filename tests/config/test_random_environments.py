@@ -154,6 +154,8 @@ def test_a_go_is_possible(environments: list[dict[str, str]]) -> None:
     for env in environments:
         if problems(env) or not (found := plan(Settings.from_env(env))).go or found.platform == "cpu":
             continue
+        if env.get("REHEARSAL", "") in ("1", "true", "yes", "on"):
+            continue  # a small model, whatever the shape of the 70B
         goes += 1
         s, shape = Settings.from_env(env), LLAMA2_70B
         p = s.parallel
@@ -163,7 +165,8 @@ def test_a_go_is_possible(environments: list[dict[str, str]]) -> None:
         assert s.optimization.lr > 0, env
         assert s.optimization.lora_dropout < 1, env
         assert found.evaluation.steps, env
-        assert found.memory is None or found.memory.least <= found.memory.capacity, env
+        enough = found.memory is None or found.memory.least <= found.memory.capacity
+        assert enough or s.system.memory_check == "warn", env
         assert not (s.precision.fp4 and found.accelerator in ("H100", "H200", "MI300X")), env
         assert found.forecast is None or found.forecast.walltime_minutes >= found.forecast.run_minutes.low, env
     assert goes > COUNT / 1000

@@ -49,6 +49,7 @@ def test_wrong_values_are_reported_together() -> None:
         ({"FP4_HEAL_STEP": "350"}, "FP4_HEAL_STEP=350: needs FP4=1"),
         ({"FP4": "1", "ACCELERATOR": "B200", "FP4_HEAL_STEP": "800"}, "FP4_HEAL_STEP=800: must be below MAX_STEPS=800"),
         ({"TP": "1", "CP": "4", "VAL_CP": "2"}, "VAL_CP=2: must be 1 or CP=4"),
+        ({"TP": "1", "CP": "4", "PP": "2", "VAL_CP": "2"}, "VAL_CP=2: must be 1 or CP=4"),
         ({"TP": "1", "CP": "2", "PP": "2", "VAL_CP": "1"}, "VAL_CP=1: needs PP=1, not 2"),
         ({"CP": "2", "SP": "1", "TP_COMM_OVERLAP": "1", "VAL_CP": "1"}, "VAL_CP=1: contradicts TP_COMM_OVERLAP=1"),
         ({"CP": "2", "CP_COMM": "all_gather", "FP8": "1", "FP8_DPA": "1"}, "CP_COMM=all_gather: contradicts FP8_DPA=1"),

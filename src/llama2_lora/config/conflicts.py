@@ -114,7 +114,7 @@ def evaluation_has_the_layout_or_whole_rows(s: Settings) -> str | None:
 
 @rule
 def whole_rows_need_one_stage_and_no_overlap(s: Settings) -> str | None:
-    if s.parallel.evaluation_cp == s.parallel.cp:
+    if s.parallel.evaluation_cp != 1 or s.parallel.cp == 1:
         return None
     if s.parallel.pp > 1:
         return f"VAL_CP=1: needs PP=1, not {s.parallel.pp}: stages pass on tensors of training's size; unset it"
@@ -288,6 +288,58 @@ def part_has_nvfp4(s: Settings) -> str | None:
         return None
     part = accelerator_of(s.system.accelerator, s.system.name)
     return None if part is None or part.nvfp4 else f"FP4=1: {part.name} has no NVFP4 units; set FP8=1 instead"
+
+
+@rule
+def bf16_layers_need_a_recipe_by_layer(s: Settings) -> str | None:
+    p = s.precision
+    first, last = p.first_bf16_layers, p.last_bf16_layers
+    if not (first or last):
+        return None
+    asked = f"BF16_FIRST_LAYERS={first} BF16_LAST_LAYERS={last}"
+    if not (p.fp8 or p.fp4):
+        return f"{asked}: need FP8=1 or FP4=1: all layers are bf16; unset them"
+    if p.fp8_weights or p.fp4_weights:
+        return f"{asked}: contradict FP8_PARAMS=1 and FP4_PARAMS=1: their weights must stay bf16; set both to 0"
+    if p.fp8_recipe == "delayed" and (p.fp8 or p.fp4_heal_step):
+        return f"{asked}: contradict FP8_RECIPE=delayed, which Megatron enters once for all layers; set another recipe"
+    return None
+
+
+# ---- Kernels ---------------------------------------------------------------------------------------------------------
+
+
+def needs_a_gpu(variable: str, value: object) -> Rule:
+    def check(s: Settings) -> str | None:
+        if s.system.platform == "gpu" or s.value(variable) != value:
+            return None
+        text = int(value) if isinstance(value, bool) else value
+        return f"{variable}={text}: needs PLATFORM=gpu: it has no CPU kernel; unset it"
+
+    return check
+
+
+RULES += [needs_a_gpu("CROSS_ENTROPY", "te"), needs_a_gpu("OP_FUSER", True)]
+
+
+@rule
+def op_fuser_has_the_mlp_to_itself(s: Settings) -> str | None:
+    if not s.kernels.op_fuser:
+        return None
+    if s.parallel.tp > 1:
+        return f"OP_FUSER=1: needs TP=1, not {s.parallel.tp}: it has no overlap and no saving there; set it to 0"
+    if s.performance.recompute != "none" or s.performance.offload_layers:
+        return "OP_FUSER=1: contradicts RECOMPUTE and CPU_OFFLOAD_LAYERS, which do not reach into it; unset them"
+    if s.precision.fp4_heal_step:
+        return f"OP_FUSER=1: contradicts FP4_HEAL_STEP={s.precision.fp4_heal_step}: it keeps the weights it has met first"
+    return None
+
+
+@rule
+def double_buffer_needs_offload(s: Settings) -> str | None:
+    if s.kernels.offload_double_buffer and not s.performance.offload_layers:
+        return "OFFLOAD_DOUBLE_BUFFER=1: needs CPU_OFFLOAD_LAYERS: there is nothing to buffer"
+    return None
 
 
 # ---- What is observed ------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ from llama2_lora.findings import Finding, one_line
 # fmt: off
 # What run.sub and the scripts that it calls read besides settings (docs/launch.md)
 LAUNCHER = frozenset((
-    "BIND", "CONT", "CONT_MOUNTS", "DATADIR", "DATESTAMP", "DOCKER", "DROP_CACHES", "DROP_CACHES_COMMAND", "DRY_RUN",
-    "EXTRA_MOUNTS", "HEALTH", "LAUNCHER", "LOGDIR", "MASTER_ADDR", "MASTER_PORT", "MODEL", "NCCL_TEST", "PYTHON", "RULESET",
-    "STOP_ON_FAILURE", "TREE", "WORKDIR",
+    "BIND", "CONT", "CONT_MOUNTS", "DATADIR", "DATESTAMP", "DOCKER", "DOCKER_ULIMITS", "DROP_CACHES",
+    "DROP_CACHES_COMMAND", "DRY_RUN", "EXTRA_MOUNTS", "HEALTH", "LAUNCHER", "LOGDIR", "MASTER_ADDR", "MASTER_PORT",
+    "MODEL", "NCCL_TEST", "PYTHON", "REHEARSE", "RULESET", "STOP_ON_FAILURE", "TREE", "WORKDIR",
 ))
 # Libraries and systems that read the environment: a name that starts so is theirs
 LIBRARIES = (

@@ -1,6 +1,6 @@
 """Batch sizes, evaluation steps and learning rate: pure functions of a few integers.
 
-Steps count from 1: "step 10" is the state after ten optimizer updates. Sources are cited in benchmark.py.
+Steps count from 1: "step 10" is the state after ten optimizer updates. Sources are cited in rules.py.
 """
 
 from __future__ import annotations

@@ -127,6 +127,17 @@ class Precision:
     fp4: bool = _setting("FP4", False, "NVFP4 linear layers (Blackwell)")
     fp4_weights: bool = _setting("FP4_PARAMS", False, "Keep the frozen weights in NVFP4 only, quantized once: 1.1 bytes a weight instead of 3.1; needs FP4=1. FP4_HEAL_STEP then makes FP8 weights of the NVFP4 ones: what four bits lost stays lost")
     fp4_heal_step: int | None = _setting("FP4_HEAL_STEP", None, "Steps in FP4 after which the linear layers run in FP8 (FP8_RECIPE, FP8_FORMAT): wins where FP4 alone misses the target; published runs switch at 350 of 550; needs FP4=1; default: never", low=1, unit="steps")
+    first_bf16_layers: int = _setting("BF16_FIRST_LAYERS", 0, "Layers at the start whose products stay in bf16: for a loss that low precision costs; excludes FP8_RECIPE=delayed, FP8_PARAMS and FP4_PARAMS", low=0, unit="layers")
+    last_bf16_layers: int = _setting("BF16_LAST_LAYERS", 0, "The same at the end", low=0, unit="layers")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernels:
+    """Which kernels do the work, not what they compute. Off until a GPU has shown that they win."""
+    qkv_rope_fusion: bool = _setting("QKV_ROPE_FUSION", False, "Rotary embedding on the packed query, key and value: wins a split and a concatenation a layer")
+    cross_entropy: str = _setting("CROSS_ENTROPY", "native", "Kernel of the loss: Megatron's, or `te`, Transformer Engine's in Triton: wins memory, since the gradient overwrites the logits; `te` needs PLATFORM=gpu", choices=("native", "te"))
+    op_fuser: bool = _setting("OP_FUSER", False, "Transformer Engine's op fuser runs the MLP: wins launches and the SwiGLU input's cast; needs TP=1 and PLATFORM=gpu, excludes RECOMPUTE, CPU_OFFLOAD_LAYERS and FP4_HEAL_STEP")
+    offload_double_buffer: bool = _setting("OFFLOAD_DOUBLE_BUFFER", False, "Two buffers for offloaded activations, so that the next layer's arrive while one is in use: wins where the host link limits; needs CPU_OFFLOAD_LAYERS")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,6 +201,7 @@ class Settings:
     optimization: Optimization
     evaluation: Evaluation
     precision: Precision
+    kernels: Kernels
     performance: Performance
     run: Run
     observe: Observe

@@ -55,6 +55,10 @@ def build_config(settings: Settings, shape: LlamaShape) -> LlamaConfig:
         cp_comm_type=settings.parallel.cp_exchange,
         cpu_offloading=performance.offload_layers > 0,
         cpu_offloading_num_layers=performance.offload_layers,
+        cpu_offloading_double_buffering=settings.kernels.offload_double_buffer,
+        cross_entropy_fusion_impl=settings.kernels.cross_entropy,
+        fused_single_qkv_rope=settings.kernels.qkv_rope_fusion,
+        use_transformer_engine_op_fuser=settings.kernels.op_fuser,
     )
     # cuDNN's attention is the only one with FP8, and ruling out the others makes a silent fall-back an error.
     # Megatron refuses NVTE_FLASH_ATTN and friends from the environment: this field sets them.
@@ -131,6 +135,9 @@ def build_precision(settings: Settings) -> MegatronMixedPrecision:
         fp8_dot_product_attention=p.fp8_attention,
         fp8_param_gather=p.fp8_weights,
         fp4=FP4_FORMAT if p.fp4 else None,
+        first_last_layers_bf16=p.first_bf16_layers + p.last_bf16_layers > 0,
+        num_layers_at_start_in_bf16=p.first_bf16_layers,
+        num_layers_at_end_in_bf16=p.last_bf16_layers,
     )
 
 

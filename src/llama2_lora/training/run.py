@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -67,6 +68,9 @@ def watch(settings: Settings, store: torch.distributed.Store, log: MLPerfLog) ->
     system = settings.system
 
     def end(problem: str) -> None:
+        last = threading.Timer(10, os._exit, (1,))  # where even the log's stream is stuck; run.sub then writes the run_stop
+        last.daemon = True
+        last.start()
         print(f"error: {problem}; the run ends", file=sys.stderr, flush=True)
         log.abort()
         os._exit(1)  # the main thread waits in a collective, which nothing interrupts

@@ -67,16 +67,18 @@ class Watch(pl.Callback):
         self.running = False  # saving the adapter may take as long as it likes
 
     def _run(self) -> None:
-        try:
-            while True:
+        while True:
+            try:
                 self.store.set(f"beat/{self.rank}", f"{time.monotonic_ns()}|{self.finished}|{self._line()}")
                 if problem := self._silent() or self._stalled():
                     self.end(problem)
                     return
-                if self.stopped.wait(BEAT_SECONDS):
-                    return
-        except torch.distributed.DistNetworkError:
-            pass  # whoever keeps the store has ended, and with it the run: the collectives and the launcher say why
+            except torch.distributed.DistNetworkError:
+                return  # whoever keeps the store has ended, and with it the run: the collectives and the launcher say why
+            except Exception as error:  # a beat that fails once must not make this rank look frozen
+                print(f"rank {self.rank}: a beat failed ({error}); trying again", file=sys.stderr, flush=True)
+            if self.stopped.wait(BEAT_SECONDS):
+                return
 
     def _silent(self) -> str | None:
         """Who has not beaten for too long, after reading the beats of the ranks that this one watches."""

@@ -40,6 +40,8 @@ KERNELS = (
     attention.fused_attn_bwd,
     rope.fused_rope_forward,
     rope.fused_rope_backward,
+    rope.fused_qkv_rope_forward,
+    rope.fused_qkv_rope_backward,
     optimizer.multi_tensor_adam,
     optimizer.multi_tensor_l2norm,
     optimizer.multi_tensor_scale,

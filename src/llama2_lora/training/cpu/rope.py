@@ -42,6 +42,44 @@ def fused_rope_backward(
     return _rotated(output_grads, cos, -sin.roll(sin.shape[-1] // 2, -1))
 
 
+def fused_qkv_rope_forward(
+    qkv_input: Tensor,
+    q_freqs: Tensor,
+    k_freqs: Tensor,
+    start_positions: Tensor | None,
+    qkv_split_arg_list: list[int],
+    qkv_format: NVTE_QKV_Format,
+    interleaved: bool,
+    cp_size: int,
+    cp_rank: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fused_qkv_rope_forward`: [S, B, groups, (N / groups + 2) * D] -> [S, B, N, D] and twice [S, B, groups, D]."""
+    query, key, value = qkv_input.split(qkv_split_arg_list, dim=-1)
+    query = query.reshape(*query.shape[:2], -1, qkv_split_arg_list[1])
+    rest = (qkv_format, interleaved, None, cp_size, cp_rank)
+    query = fused_rope_forward(query, q_freqs, start_positions, *rest)
+    return query, fused_rope_forward(key, k_freqs, start_positions, *rest), value.contiguous()
+
+
+def fused_qkv_rope_backward(
+    q_grad_out: Tensor,
+    k_grad_out: Tensor,
+    v_grad_out: Tensor,
+    q_freqs: Tensor,
+    k_freqs: Tensor,
+    qkv_split_arg_list: list[int],
+    qkv_format: NVTE_QKV_Format,
+    interleaved: bool,
+    cp_size: int,
+    cp_rank: int,
+) -> Tensor:
+    """`fused_qkv_rope_backward`: the gradient of the packed input."""
+    rest = (qkv_format, interleaved, None, cp_size, cp_rank)
+    query = fused_rope_backward(q_grad_out, q_freqs, *rest)
+    key = fused_rope_backward(k_grad_out, k_freqs, *rest)
+    return torch.cat((query.reshape(*key.shape[:3], -1), key, v_grad_out), dim=-1)
+
+
 def _angles(freqs: Tensor, like: Tensor, qkv_format: NVTE_QKV_Format, interleaved: bool, cp_size: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine, [S, 1, 1, D or less]."""
     if interleaved or qkv_format != NVTE_QKV_Format.NVTE_SBHD or cp_size != 1:
