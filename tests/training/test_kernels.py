@@ -5,8 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from helpers.environments import VALID
 from helpers.many_runs import Done, run_many
 from helpers.training_runs import Tiny
+from llama2_lora.config.settings import Settings
+from llama2_lora.llama2 import LLAMA2_70B
+from llama2_lora.training.cpu import cpu_platform
 
 STEPS = 8
 SHORT = {"MAX_STEPS": str(STEPS), "EVAL_EVERY_SEQUENCES": "32", "EVAL_SKIP": "0"}
@@ -57,3 +61,21 @@ def test_the_layers_that_were_asked_for_stay_exact(runs: dict[str, Done]) -> Non
     """One of two layers in FP4: another loss than with both or neither, and the two layers are different ones."""
     first_losses = [runs[name].losses()["train_loss"][0] for name in ("plain", *FP4_LAYERS)]
     assert len(set(first_losses)) == 4, first_losses
+
+
+def test_what_needs_a_gpu_reaches_megatron() -> None:
+    """Built, not run: these two have no CPU kernel."""
+    with cpu_platform():
+        from megatron.core.extensions.transformer_engine import TEFusedMLP
+        from nemo.collections.llm.gpt.model.base import default_layer_spec
+
+        from llama2_lora.training.recipe import build_config
+
+        settings = Settings.from_env(VALID | {"TP": "1", "OP_FUSER": "1", "CROSS_ENTROPY": "te"})
+        config = build_config(settings, LLAMA2_70B)
+        assert config.cross_entropy_loss_fusion
+        assert config.cross_entropy_fusion_impl == "te"
+        assert default_layer_spec(config).submodules.mlp.module is TEFusedMLP
+        plain = build_config(Settings.from_env(VALID), LLAMA2_70B)
+        assert plain.cross_entropy_fusion_impl == "native"
+        assert default_layer_spec(plain).submodules.mlp.module is not TEFusedMLP
