@@ -16,12 +16,15 @@ import sys
 import time
 from pathlib import Path
 
-from tqdm import tqdm
+from llama2_lora.packages import missing_package_named
 
-from llama2_lora.hub import client
-from llama2_lora.weights.convert import STAGING, convert, verify
-from llama2_lora.weights.formats import LAYOUTS
-from llama2_lora.weights.huggingface import BASE, open_model
+with missing_package_named():
+    from tqdm import tqdm
+
+    from llama2_lora.hub import client
+    from llama2_lora.weights.convert import STAGING, convert, verify
+    from llama2_lora.weights.formats import LAYOUTS
+    from llama2_lora.weights.huggingface import BASE, open_model
 
 DTYPES = {"bf16": "BF16", "fp32": "F32"}
 

@@ -22,7 +22,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from llama2_lora.data import prepare
+from llama2_lora.packages import missing_package_named
+
+with missing_package_named():
+    from llama2_lora.data import prepare
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -21,8 +21,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from llama2_lora.hub import checkpoint
-from llama2_lora.hub.failures import Repository
+from llama2_lora.packages import missing_package_named
+
+with missing_package_named():
+    from llama2_lora.hub import checkpoint
+    from llama2_lora.hub.failures import Repository
 
 REPOSITORY = "michal1270/llama2_70b_nemo_zarr"  # what NVIDIA's submissions start from
 

@@ -15,13 +15,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
+from llama2_lora.packages import missing_package_named
 
-from llama2_lora.hub import client
-from llama2_lora.llama2 import LLAMA2_70B
-from llama2_lora.weights.checkpoint import read_adapter
-from llama2_lora.weights.export import merge, write_peft
-from llama2_lora.weights.huggingface import BASE, open_model
+with missing_package_named():
+    from tqdm import tqdm
+
+    from llama2_lora.hub import client
+    from llama2_lora.llama2 import LLAMA2_70B
+    from llama2_lora.weights.checkpoint import read_adapter
+    from llama2_lora.weights.export import merge, write_peft
+    from llama2_lora.weights.huggingface import BASE, open_model
 
 
 def main(argv: list[str] | None = None) -> int:

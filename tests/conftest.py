@@ -56,6 +56,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"left out for want of packages, which {fixes} brings: {files}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """For pytest-xdist: the tests of one file stay on one worker, since they share runs; so do all that use the cluster."""
     if not config.pluginmanager.hasplugin("xdist"):

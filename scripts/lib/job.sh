@@ -57,7 +57,7 @@ bad_choice() { # name choices...
 bad_number_of_nodes() {
   if [[ "${LAUNCHER}" == local ]]; then
     [[ "${DGXNNODES:-1}" == 1 ]] ||
-      echo "DGXNNODES=${DGXNNODES}: must be 1 without Slurm; the README has the torchrun lines for several nodes"
+      echo "DGXNNODES=${DGXNNODES}: must be 1 without Slurm; docs/launch.md has the torchrun lines for several nodes"
     return
   fi
   [[ "${DRY_RUN}" == 1 || -n "${SLURM_JOB_ID:-}" ]] ||

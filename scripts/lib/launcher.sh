@@ -138,7 +138,13 @@ removal() {
     'for name in ${names}; do [[ "${name}" != "$0"* ]] || enroot remove -f "${name}" || exit; done'
 }
 
-remove_command() { printf '%q ' bash -c "$(removal)" "pyxis_llama2_lora_${job}_"; }
+remove_command() {
+  if [[ "${LAUNCHER}" == local ]]; then
+    printf '%q ' "${DOCKER}" rm --force "${container}"
+  else
+    printf '%q ' bash -c "$(removal)" "pyxis_llama2_lora_${job}_"
+  fi
+}
 
 remove_from_nodes() { launch hosts bash -c "$(removal)" "pyxis_llama2_lora_${job}_"; }
 

@@ -99,13 +99,14 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_the_model_is_llama2_70b_with_lora_on_two_layers(built: dict) -> None:
     assert built["layers"] == 80
     assert len(built["trainable"]) == len(built["adapter"]) == 320  # A and B, on two linear layers, in 80 layers
-    # 4 TP ranks: A of linear_qkv is split over its rank, A of linear_proj over its input, both B over their output
+    # 4 TP ranks: B of linear_qkv is split over its output, A of linear_proj over its input; the other factors are whole
     assert all(".adapter." in name for name in built["trainable"])
     whole = 0
     for name, shape in built["trainable"].items():
         rows, columns = shape
-        whole += rows * columns * 4
         assert "linear_qkv" in name or "linear_proj" in name
+        split = "linear_qkv.adapter.linear_out" in name or "linear_proj.adapter.linear_in" in name
+        whole += rows * columns * (4 if split else 1)
     assert whole == 44_564_480
 
 
@@ -114,7 +115,7 @@ def test_transformer_engine_modules_are_in_place(built: dict) -> None:
     assert modules["megatron.TELayerNormColumnParallelLinear"] == 2  # linear_qkv and linear_fc1 with their norms
     assert modules["megatron.TERowParallelLinear"] == 2  # linear_proj and linear_fc2
     assert modules["megatron.TEDotProductAttention"] == 1
-    assert modules["nemo.LoRALinear"] == 2
+    assert modules["llama2_lora.AdaptedLinear"] == 2
 
 
 def test_fp8_is_delayed_scaling_as_the_config_says(built: dict) -> None:
@@ -127,7 +128,7 @@ def test_fp8_is_delayed_scaling_as_the_config_says(built: dict) -> None:
         "fp8_amax_compute_algo": "max",
         "fp8_dot_product_attention": "True",
         "fp8_param": "True",
-        "activation_func_fp8_input_store": str(built["name"] == "DGXH100_1x8x4"),
+        "activation_func_fp8_input_store": "False",  # the account says that both fit without
         "recompute_granularity": "None",
         "cpu_offloading": "False",
         "tp_comm_overlap": "True",
