@@ -37,6 +37,7 @@ def source(config: Path, given: Mapping[str, str] | None = None) -> dict[str, st
         raise ValueError(f"{config}: exports a value that is no UTF-8: {error.reason}") from None
     if done.returncode != 0:
         reason = said.strip().splitlines() or ["it prints nothing"]
-        raise ValueError(f"{config}: bash cannot source it: {one_line(reason[-1])}")
+        last = reason[-1].removeprefix(f"{config.resolve()}: ")  # said once; a long path would hide the reason
+        raise ValueError(f"{config}: bash cannot source it: {one_line(last)}")
     pairs = dict(item.split("=", 1) for item in text.split("\0") if "=" in item)
     return {name: value for name, value in pairs.items() if name not in SHELL_VARIABLES}
