@@ -25,8 +25,13 @@ main() {
   PATH="${PWD}/${VENV:-.venv}/bin:${PATH}"
   export PATH PYTHONPATH=src OMP_NUM_THREADS=1
   lint
-  # Two at a time: what one file's tests share is made once (tests/conftest.py)
-  pytest -n 2 --dist loadgroup "$@"
+  if (($# > 0)); then
+    pytest "$@"
+  else
+    # Two files at a time: what a file's tests share is made once. The cluster's names are fixed, so its tests go alone.
+    pytest -n 2 --dist loadfile --ignore tests/launch
+    pytest tests/launch
+  fi
 }
 
 main "$@"

@@ -56,16 +56,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"left out for want of packages, which {fixes} brings: {files}")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For pytest-xdist: the tests of one file stay on one worker, since they share runs; so do all that use the cluster."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        folder = Path(item.path).parent
-        item.add_marker(pytest.mark.xdist_group("launch" if folder.name == "launch" else str(item.path)))
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     if not HAS_TORCH:
