@@ -15,12 +15,11 @@ launch() {
 slurm_prefix() { # where
   local nodes="${DGXNNODES}" per_node=1
   # Steps run one after another: one that Slurm has not quite finished with must not delay the next (--overlap). One task's
-  # failure ends the others, which would wait for it (--kill-on-bad-exit). A single task would get one core (--cpu-bind);
-  # run_and_time.sh binds ranks.
-  prefix=(srun --export=ALL --overlap --kill-on-bad-exit=1 --cpu-bind=none)
+  # failure ends the others, which would wait for it (--kill-on-bad-exit).
+  prefix=(srun --export=ALL --overlap --kill-on-bad-exit=1)
   case "$1" in
-    first) nodes=1 prefix+=(--relative=0) ;;
-    ranks) per_node="${DGXNGPU}" prefix+=(--label) ;;
+    first) nodes=1 prefix+=(--relative=0 --cpu-bind=none) ;;          # a rehearsal on all GPUs runs in it: not on one core
+    ranks) per_node="${DGXNGPU}" prefix+=(--label --cpu-bind=none) ;; # run_and_time.sh binds
   esac
   prefix+=(--nodes="${nodes}" --ntasks="$((nodes * per_node))" --ntasks-per-node="${per_node}")
   [[ "$1" != hosts ]] || return 0

@@ -6,7 +6,8 @@
 # NODES     2
 # SPANK     a line of plugstack.conf
 # NODE_LOCAL  folders that every node has its own of
-# PYTHON_HOME SITE  the interpreter's folder and site-packages: appear on the nodes as /run/l2ltest/{python,site}, as a user
+# PYTHON_HOME SITE TRANSFORMER_ENGINE  the interpreter's folder, site-packages and the folder beside them: appear on the nodes
+#                   as /run/l2ltest/{python,site,transformer_engine}, as a user
 #                   who is not root may not enter /root
 set -euo pipefail
 
@@ -122,9 +123,10 @@ node_init() { # name
   done
   mkdir -p /run/l2ltest
   mount -t tmpfs tmpfs /run/l2ltest
-  mkdir /run/l2ltest/{python,site}
+  mkdir /run/l2ltest/{python,site,transformer_engine}
   mount --bind "${PYTHON_HOME:?}" /run/l2ltest/python
   mount --bind "${SITE:?}" /run/l2ltest/site
+  mount --bind "${TRANSFORMER_ENGINE:?}" /run/l2ltest/transformer_engine
   trap 'kill -TERM "${daemon}" 2>/dev/null' TERM
   slurmd -D -f "${SLURM_CONF}" -N "$1" &
   daemon=$!

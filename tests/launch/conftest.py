@@ -48,6 +48,7 @@ def cluster() -> Iterator[Cluster]:
         "NODE_LOCAL": " ".join(NODE_LOCAL),
         "PYTHON_HOME": sys.base_prefix,
         "SITE": sysconfig.get_paths()["purelib"],
+        "TRANSFORMER_ENGINE": str(Path(sys.prefix, "transformer_engine")),
     }
     cluster = Cluster(rig / "state", environment)
     try:

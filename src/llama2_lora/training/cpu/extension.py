@@ -26,7 +26,9 @@ import torch
 
 from llama2_lora.training.cpu import attention, dtypes, gemm, norms, optimizer, quantize, rope, userbuffers
 
-FOLDER = Path(sys.prefix, "transformer_engine")  # scripts/setup_env.sh installs the wheel there
+# scripts/setup_env.sh installs the wheel in the environment's folder; else it may lie beside a folder of PYTHONPATH.
+PLACES = [Path(sys.prefix), *(Path(entry).parent for entry in sys.path)]
+FOLDER = next((p for p in PLACES if (p / "transformer_engine/transformer_engine").is_dir()), PLACES[0]) / "transformer_engine"
 KERNELS = (
     quantize.quantize,
     quantize.dequantize,
