@@ -178,6 +178,9 @@ FC2 = "decoder.layers.mlp.linear_fc2.weight"
 INPUT_NORM = "decoder.layers.self_attention.linear_qkv.layer_norm_weight"
 MLP_NORM = "decoder.layers.mlp.linear_fc1.layer_norm_weight"
 
+# What LoRA adapts: Megatron's module in each layer's attention -> its weight
+ADAPTED = {"linear_qkv": QKV, "linear_proj": PROJ}
+
 _HF_OUTSIDE = {EMBEDDING: "model.embed_tokens.weight", FINAL_NORM: "model.norm.weight", OUTPUT: "lm_head.weight"}
 _HF_IN_LAYER = {
     PROJ: "self_attn.o_proj.weight",
@@ -250,13 +253,18 @@ def hf_tensors(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def adapter_name(layer: int, target: str) -> str:
+    """Megatron's name of an adapter, with the layer's index in the whole model."""
+    return f"decoder.layers.{layer}.self_attention.{target}.adapter"
+
+
 def adapter_shapes(shape: LlamaShape, rank: int) -> dict[str, tuple[int, int]]:
     """Name and shape of every LoRA matrix: A (linear_in) is [rank, in], B (linear_out) is [out, rank]."""
-    outputs = {"linear_qkv": shape.qkv_rows, "linear_proj": shape.hidden}
+    weights = {stack.name: stack.shape[1:] for stack in stacks(shape)}
     found = {}
     for layer in range(shape.layers):
-        for target, rows in outputs.items():
-            prefix = f"decoder.layers.{layer}.self_attention.{target}.adapter"
-            found[f"{prefix}.linear_in.weight"] = (rank, shape.hidden)
-            found[f"{prefix}.linear_out.weight"] = (rows, rank)
+        for target, weight in ADAPTED.items():
+            rows, columns = weights[weight]
+            found[f"{adapter_name(layer, target)}.linear_in.weight"] = (rank, columns)
+            found[f"{adapter_name(layer, target)}.linear_out.weight"] = (rows, rank)
     return found

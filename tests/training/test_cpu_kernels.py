@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from llama2_lora.training.cpu import blocks, cpu_platform, device, dtypes, nvfp4, quantize
+from llama2_lora.training.cpu import blocks, cpu_platform, device, dtypes, nvfp4, per_tensor
 from llama2_lora.training.cpu.dtypes import DType
 from llama2_lora.training.model import FP8_WEIGHT_SCALE
 
@@ -96,7 +96,7 @@ def test_current_scaling_fills_the_type(platform) -> None:
 def test_the_amax_history_moves_up(algorithm: str, scale: list[float]) -> None:
     history = torch.tensor([[2.0, 5.0, 0.0], [8.0, 1.0, 0.0], [4.0, 3.0, 0.0]])  # newest, oldest, next; one column a tensor
     scales = torch.full((3,), 3.0)
-    quantize.fused_amax_and_scale_update_after_reduction(
+    per_tensor.fused_amax_and_scale_update_after_reduction(
         torch.tensor([2.0, 5.0, 0.0]), [history], [scales], algorithm, DType.kFloat8E4M3, 0.0
     )
     assert scales.tolist() == pytest.approx(scale)
@@ -108,7 +108,7 @@ def test_fp8_weights_of_the_70b_keep_their_digits() -> None:
 
     def rounding(sigma: float, scale: float) -> float:
         weights = torch.randn(1 << 18, generator=torch.Generator().manual_seed(0)) * sigma
-        kept = quantize.cast_fp8(weights * scale, torch.float8_e4m3fn).view(torch.float8_e4m3fn).float() / scale
+        kept = per_tensor.cast_fp8(weights * scale, torch.float8_e4m3fn).view(torch.float8_e4m3fn).float() / scale
         return ((kept - weights).pow(2).mean().sqrt() / sigma).item()
 
     for sigma in (0.01, 0.02, 0.03):

@@ -72,10 +72,11 @@ def both_loras() -> dict[str, Any]:
     """The frozen layers alone, with our adapters and with NeMo's. NeMo records arguments by the class made first: ours."""
     from nemo.collections.llm.peft import LoRA
 
-    from llama2_lora.training.adapter import TARGETS, SeededLoRA
+    from llama2_lora.llama2 import ADAPTED
+    from llama2_lora.training.adapter import SeededLoRA
 
     ours = SeededLoRA(seed=1, rank=RANK, alpha=32, dropout=0.1)
-    nemo = LoRA(target_modules=list(TARGETS), dim=RANK, alpha=32, dropout=0.1, dropout_position="pre")
+    nemo = LoRA(target_modules=list(ADAPTED), dim=RANK, alpha=32, dropout=0.1, dropout_position="pre")
     return {"frozen": None, "ours": ours, "nemo": nemo}
 
 

@@ -10,10 +10,9 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from nemo.collections.llm.peft import LoRA
 
+from llama2_lora.llama2 import ADAPTED, adapter_name
 from llama2_lora.training.dropout import AdapterDropout
 from llama2_lora.training.low_rank import AdaptedLinear, LowRankAdapter
-
-TARGETS = ("linear_qkv", "linear_proj")
 
 
 class SeededLoRA(LoRA):
@@ -25,7 +24,7 @@ class SeededLoRA(LoRA):
 
     def __init__(self, seed: int, rank: int, alpha: int, dropout: float, keep_masks: bool = False) -> None:
         super().__init__(
-            target_modules=list(TARGETS),
+            target_modules=list(ADAPTED),
             dim=rank,
             alpha=alpha,
             dropout=dropout,
@@ -63,9 +62,8 @@ class SeededLoRA(LoRA):
 def adapters(model: torch.nn.Module) -> Iterator[tuple[str, LowRankAdapter]]:
     """(name with the global layer index, adapter) of every adapter on this pipeline stage."""
     for layer in (m for m in model.modules() if isinstance(m, TransformerLayer)):
-        for target in TARGETS:
-            name = f"decoder.layers.{layer.layer_number - 1}.self_attention.{target}.adapter"
-            yield name, getattr(layer.self_attention, target).adapter
+        for target in ADAPTED:
+            yield adapter_name(layer.layer_number - 1, target), getattr(layer.self_attention, target).adapter
 
 
 def adapter_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:

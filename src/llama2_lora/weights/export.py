@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from llama2_lora import files
-from llama2_lora.llama2 import PROJ, QKV, Block, LlamaShape, blocks, hf_tensors
+from llama2_lora.llama2 import ADAPTED, Block, LlamaShape, adapter_name, blocks, hf_tensors
 from llama2_lora.weights.checkpoint import read_adapter
 from llama2_lora.weights.huggingface import DTYPE_BYTES, HFModel, from_float32, to_float32
 
-TARGETS = {"linear_qkv": QKV, "linear_proj": PROJ}
 MERGED_ROWS = 1024  # of a weight at a time: 100 MB in the 70B
 
 
@@ -54,11 +53,11 @@ def hf_adapter(arrays: dict[str, np.ndarray], shape: LlamaShape) -> dict[str, tu
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     sizes = hf_tensors(shape)
     for layer in range(shape.layers):
-        for target, stack in TARGETS.items():
-            prefix = f"decoder.layers.{layer}.self_attention.{target}.adapter"
+        for target, weight in ADAPTED.items():
+            prefix = adapter_name(layer, target)
             a, b = arrays[f"{prefix}.linear_in.weight"], arrays[f"{prefix}.linear_out.weight"]
             row = 0
-            for name, first, rows in blocks(shape, stack, layer):
+            for name, first, rows in blocks(shape, weight, layer):
                 _, part = found.setdefault(name, (a, np.empty((sizes[name][0], b.shape[1]), b.dtype)))
                 part[first : first + rows] = b[row : row + rows]
                 row += rows

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from llama2_lora.training.cpu.dtypes import TORCH_DTYPE
-from llama2_lora.training.cpu.quantize import cast_fp8, scale_from_amax
+from llama2_lora.training.cpu.per_tensor import cast_fp8, scale_from_amax
 
 BLOCKWISE, MX = 128, 32
 EXPONENT_BIAS = 127  # of fp32, and of e8m0

@@ -24,7 +24,7 @@ from unittest.mock import patch
 
 import torch
 
-from llama2_lora.training.cpu import attention, dtypes, gemm, norms, optimizer, quantize, rope, userbuffers
+from llama2_lora.training.cpu import attention, dtypes, gemm, norms, optimizer, per_tensor, quantize, rope, userbuffers
 
 # scripts/setup_env.sh installs the wheel in the environment's folder; else it may lie beside a folder of PYTHONPATH.
 PLACES = [Path(sys.prefix), *(Path(entry).parent for entry in sys.path)]
@@ -32,8 +32,8 @@ FOLDER = next((p for p in PLACES if (p / "transformer_engine/transformer_engine"
 KERNELS = (
     quantize.quantize,
     quantize.dequantize,
-    quantize.fp8_transpose,
-    quantize.fused_amax_and_scale_update_after_reduction,
+    per_tensor.fp8_transpose,
+    per_tensor.fused_amax_and_scale_update_after_reduction,
     gemm.generic_gemm,
     norms.rmsnorm_fwd,
     norms.rmsnorm_bwd,

@@ -23,7 +23,8 @@ from llama2_lora.training.cpu import userbuffers
 from llama2_lora.training.cpu.blocks import blockwise_values, mxfp8_values
 from llama2_lora.training.cpu.dtypes import TORCH_DTYPE, CommOverlapType, DType
 from llama2_lora.training.cpu.nvfp4 import nvfp4_values
-from llama2_lora.training.cpu.quantize import any_fp8_layout, is_quantized, quantize, rowwise_bytes
+from llama2_lora.training.cpu.per_tensor import rowwise_bytes
+from llama2_lora.training.cpu.quantize import any_fp8_layout, is_quantized, quantize
 
 
 def generic_gemm(
