@@ -39,11 +39,14 @@ check_variables() {
 }
 
 unset_variables() {
-  local name
-  for name in CONT DATADIR MODEL LOGDIR DGXSYSTEM DGXNNODES DGXNGPU NEXP; do
-    [[ -n "${!name:-}" ]] ||
-      echo "${name}: is not set (export the paths, source a config_*.sh; no sbatch --export=NONE)"
-  done
+  not_set "export them before sbatch, without --export=NONE" CONT DATADIR MODEL LOGDIR
+  not_set "source a config_*.sh" DGXSYSTEM DGXNNODES DGXNGPU NEXP
+}
+
+not_set() { # cure names...
+  local name names=()
+  for name in "${@:2}"; do [[ -n "${!name:-}" ]] || names+=("${name}"); done
+  ((${#names[@]} == 0)) || echo "${names[*]}: not set: $1"
 }
 
 bad_paths() {

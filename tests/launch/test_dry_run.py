@@ -208,12 +208,23 @@ def test_nothing_is_written():
 @pytest.mark.parametrize(
     ("line", "changes", "problems"),
     [
-        ("bash run.sub", dict.fromkeys(PATHS, ""), [f"{name}: is not set" for name in (*PATHS, "DGXSYSTEM", "DGXNNODES")]),
+        (
+            "bash run.sub",
+            dict.fromkeys((*PATHS, "NEXP"), ""),
+            [
+                "CONT DATADIR MODEL LOGDIR: not set: export them",
+                "DGXSYSTEM DGXNNODES DGXNGPU NEXP: not set: source a config_*.sh",
+            ],
+        ),
         (SLURM, {"DATADIR": "/a:b", "HEALTH": "on"}, ["DATADIR=/a:b: a colon or comma", "HEALTH=on: must be one of"]),
         (SLURM, {"DRY_RUN": "yes", "REHEARSE": "on"}, ["DRY_RUN=yes: must be one of 0 1", "REHEARSE=on: must be one of 0 1"]),
         (SLURM, {"NEXP": "0"}, ["NEXP=0: must be a whole number, at least 1"]),
         (SLURM, {"NEXP": "x", "BIND": "cpu"}, ["NEXP=x: must be a whole number", "BIND=cpu: must be one of gpu none"]),
-        (SLURM, {"VBOOST": "max", "GPU_CLOCKS": "fast"}, ["VBOOST=max: must be a whole number", "GPU_CLOCKS=fast: must be MHz"]),
+        (
+            SLURM,
+            {"VBOOST": "max", "GPU_CLOCKS": "fast"},
+            ["VBOOST=max: must be a whole number", "GPU_CLOCKS=fast: must be MHz"],
+        ),
         (SLURM, {"SLURM_JOB_NUM_NODES": "4"}, ['the job has 4 nodes; submit with sbatch -N "$DGXNNODES"']),
         ("scripts/run_docker.sh config_DGXH100_8x8x2.sh", {}, ["DGXNNODES=8: must be 1 without Slurm"]),
         ("scripts/run_docker.sh nowhere.sh", {}, ["usage:", "nowhere.sh is no file"]),

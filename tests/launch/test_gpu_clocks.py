@@ -1,4 +1,4 @@
-"""VBOOST and GPU_CLOCKS on one node: what is set, what is said where it is not, what is put back. bin/nvidia-smi plays the GPUs."""
+"""VBOOST and GPU_CLOCKS on one node: what is set, what not and why, what is put back. bin/nvidia-smi plays the GPUs."""
 
 from __future__ import annotations
 

@@ -292,7 +292,7 @@ def test_a_users_own_enroot_folders(site):
 def test_all_unset_variables_are_named_at_once(site):
     job = site.submit("unset", MODEL="", CONT="", HEALTH="maybe")
     assert job.wait() == 2
-    for problem in ("MODEL: is not set", "CONT: is not set", "HEALTH=maybe: must be one of off warn fail"):
+    for problem in ("CONT MODEL: not set: export them before sbatch", "HEALTH=maybe: must be one of off warn fail"):
         assert problem in job.text()
 
 
