@@ -10,7 +10,7 @@ said=''   # by nvidia-smi; set by change
 
 say() { printf 'run.sub: %s: %s\n' "$(hostname)" "$*"; }
 
-# nvidia-smi 580 ends with status 0 where a GPU has no clocks to lock ("Treating as warning and moving on")
+# nvidia-smi ends with status 0 where a GPU has no clocks to lock: "Treating as warning and moving on"
 change() { # arguments of nvidia-smi
   local command=(nvidia-smi "$@") refused='not supported|permission|invalid|not found|unknown|password'
   ((EUID == 0)) || command=(sudo -n "${command[@]}")
