@@ -9,4 +9,4 @@ export WALLTIME=01:00:00
 export CP=8 # two trays share each sequence over NVLink
 export LR=6e-4
 export MAX_STEPS=600          # end of the cosine; the mean run stops after 115 steps
-export SBATCH_SEGMENT_SIZE=16 # a context-parallel group stays in a rack (before Slurm 25.05: sbatch --segment=16)
+export SBATCH_SEGMENT_SIZE=16 # whole context-parallel groups in a rack; Slurm before 25.05.1: --segment

@@ -9,4 +9,4 @@ export WALLTIME=01:30:00
 export CP=8 # GBS is small, so eight GPUs share each sequence over NVLink
 export LR=5e-4
 export MAX_STEPS=800          # end of the cosine; the mean run stops after 361 steps
-export SBATCH_SEGMENT_SIZE=18 # a context-parallel group stays in a rack (before Slurm 25.05: sbatch --segment=18)
+export SBATCH_SEGMENT_SIZE=18 # whole context-parallel groups in a rack; Slurm before 25.05.1: --segment

@@ -12,4 +12,4 @@ export MAX_STEPS=700                      # end of the cosine; the mean run stop
 export FP4=1 FP8=0 FP8_PARAMS=0 FP8_DPA=0 # NVFP4 in place of FP8
 export FP4_PARAMS=1                       # no bf16 weights beside them, which would not fit
 export FP4_HEAL_STEP=350                  # FP8 from there on, as in published runs
-export SBATCH_SEGMENT_SIZE=2              # a context-parallel group stays in a rack (before Slurm 25.05: sbatch --segment=2)
+export SBATCH_SEGMENT_SIZE=2              # both trays in one rack; Slurm before 25.05.1: --segment

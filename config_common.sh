@@ -21,7 +21,7 @@ export CONFIG_FILE
 export MLPERF_SUBMITTER="${MLPERF_SUBMITTER:-unofficial}"
 export MLPERF_STATUS="${MLPERF_STATUS:-research}"
 export MLPERF_DIVISION="${MLPERF_DIVISION:-closed}"
-export NEXP="${NEXP:-10}"
+export NEXP="${NEXP:-10}" # what a result takes (RUNS_PER_RESULT in config/rules.py)
 
 # One process per GPU: torch would otherwise start a thread per core in each of them.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -37,6 +37,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     judge.add_argument("--mode", choices=("off", "warn", "fail"), default="fail", help="what a bad finding does")
     judge.add_argument("--gpus", type=int, required=True, help="GPUs per node")
     judge.add_argument("--accelerator", default="", help="GPU model, such as H100")
+    judge.add_argument("--group", type=int, default=1, help="consecutive ranks that NVLink must join: TP * CP")
     judge.add_argument("--allreduce", type=Path, help="output of allreduce_bench.py: judge that instead of the nodes")
     for command in (probe, judge):
         command.add_argument("--nodes", type=int, default=1, help="nodes of the job")
@@ -65,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.allreduce:
             findings = [verdict.judge_allreduce(measured_bandwidth(args.allreduce), args.nodes, args.accelerator)]
         else:
-            findings = verdict.judge(read_probes(args.probes), args.nodes, args.gpus, args.platform, args.accelerator)
+            probes = read_probes(args.probes)
+            findings = verdict.judge(probes, args.nodes, args.gpus, args.platform, args.accelerator, args.group)
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {args.probes}: cannot be judged: {error}", file=sys.stderr)
         return 2

@@ -75,6 +75,7 @@ main() {
     sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     return
   fi
+  [[ "${DRY_RUN:-0}" == [01] ]] || die "DRY_RUN=${DRY_RUN}: must be 0 or 1"
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
   map_launcher
   map_rendezvous

@@ -6,11 +6,12 @@ set_defaults() {
   DRY_RUN="${DRY_RUN:-0}" LAUNCHER="${LAUNCHER:-slurm}" RULESET="${RULESET-5.1.0}" HEALTH="${HEALTH:-fail}"
   DROP_CACHES="${DROP_CACHES:-require}" STOP_ON_FAILURE="${STOP_ON_FAILURE:-0}" REHEARSE="${REHEARSE:-0}"
   export PYTHON="${PYTHON:-python}" BIND="${BIND:-gpu}" # here, or an image's would hold
-  export NEXP="${NEXP:-1}" PLATFORM="${PLATFORM:-gpu}"
+  export PLATFORM="${PLATFORM:-gpu}"
   export SLURM_MPI_TYPE="${SLURM_MPI_TYPE:-none}" # PyTorch needs no MPI; a site may prefer pmix
   NCCL_TEST="${NCCL_TEST:-$([[ "${PLATFORM}" == gpu ]] && echo 1 || echo 0)}"
   DOCKER="${DOCKER:-$(command -v docker || command -v podman || echo docker)}"
   DOCKER_ULIMITS="${DOCKER_ULIMITS-memlock=-1 stack=67108864}"
+  VBOOST="${VBOOST:-}" GPU_CLOCKS="${GPU_CLOCKS:-}"
   job="${SLURM_JOB_ID:-$$}" restart="${SLURM_RESTART_COUNT:-0}"
   # What a shell happens to carry would contradict what the launcher sets for each rank
   unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE
@@ -26,17 +27,26 @@ check_variables() {
     bad_choice LAUNCHER slurm local
     bad_choice HEALTH off warn fail
     bad_choice DROP_CACHES off try require
+    bad_choice BIND gpu none
+    local name
+    for name in DRY_RUN NCCL_TEST REHEARSE STOP_ON_FAILURE; do bad_choice "${name}" 0 1; done
+    bad_form NEXP '[1-9][0-9]*' "a whole number, at least 1"
+    bad_form VBOOST '[0-9]+' "a whole number: the slider's place in nvidia-smi boost-slider --list"
+    bad_form GPU_CLOCKS '[0-9]+(,[0-9]+)?' "MHz or MIN,MAX in MHz, as nvidia-smi --lock-gpu-clocks takes them"
     bad_number_of_nodes
   )
   ((${#problems[@]} == 0)) || die 2 "${problems[@]}"
 }
 
 unset_variables() {
-  local name
-  for name in CONT DATADIR MODEL LOGDIR DGXSYSTEM DGXNNODES DGXNGPU; do
-    [[ -n "${!name:-}" ]] ||
-      echo "${name}: is not set (export the paths, source a config_*.sh; no sbatch --export=NONE)"
-  done
+  not_set "export them before sbatch, without --export=NONE" CONT DATADIR MODEL LOGDIR
+  not_set "source a config_*.sh" DGXSYSTEM DGXNNODES DGXNGPU NEXP
+}
+
+not_set() { # cure names...
+  local name names=()
+  for name in "${@:2}"; do [[ -n "${!name:-}" ]] || names+=("${name}"); done
+  ((${#names[@]} == 0)) || echo "${names[*]}: not set: $1"
 }
 
 bad_paths() {
@@ -52,6 +62,10 @@ bad_paths() {
 
 bad_choice() { # name choices...
   [[ " ${*:2} " == *" ${!1} "* ]] || echo "$1=${!1}: must be one of ${*:2}"
+}
+
+bad_form() { # name pattern rule; an unset one is another check's
+  [[ -z "${!1:-}" || "${!1}" =~ ^$2$ ]] || echo "$1=${!1}: must be $3"
 }
 
 bad_number_of_nodes() {
@@ -91,6 +105,8 @@ set_paths() {
   if [[ "${LAUNCHER}" == slurm && -n "${SLURM_JOB_NODELIST:-}" ]]; then
     mapfile -t hosts < <(scontrol show hostnames "${SLURM_JOB_NODELIST}")
     export MASTER_ADDR="${MASTER_ADDR:-${hosts[0]}}"
+  elif [[ "${LAUNCHER}" == slurm ]]; then
+    hosts=(NODE) # of a dry run: Slurm will choose them
   fi
   cd "${TREE}" || exit
 }

@@ -27,20 +27,28 @@ slurm_prefix() { # where
     prefix+=(--chdir="${WORKDIR}")
   else
     prefix+=(--container-name="${container}" --container-mounts="${CONT_MOUNTS}" --container-workdir="${WORKDIR}"
-      --no-container-mount-home --container-env="$(task_variables | paste -sd,)")
+      --no-container-mount-home "$(variable_options)")
   fi
 }
 
 local_prefix() { # where
   [[ "$1" != hosts ]] || return 0
   if [[ "${CONT}" != none ]]; then
-    prefix=("${DOCKER}" exec --workdir "${WORKDIR}")
-    local name
-    for name in $(task_variables); do prefix+=(--env "${name}"); done
-    prefix+=("${container}")
+    local variables
+    read -ra variables < <(variable_options)
+    prefix=("${DOCKER}" exec --workdir "${WORKDIR}" "${variables[@]}" "${container}")
   fi
   [[ "$1" != ranks ]] ||
     prefix+=("${PYTHON}" -m torch.distributed.run --standalone --nproc-per-node="${DGXNGPU}" --no-python)
+}
+
+# All their names, as srun or docker takes them
+variable_options() {
+  if [[ "${LAUNCHER}" == slurm ]]; then
+    printf -- '--container-env=%s\n' "$(task_variables | paste -sd,)"
+  else
+    task_variables | sed 's/^/--env /' | paste -sd' '
+  fi
 }
 
 # Names that must reach the training whatever the image sets: all that a config exports, all that settings.py reads, and
@@ -50,7 +58,7 @@ task_variables() {
     sed -n 's/ #.*//; s/^ *export / /p' "${TREE}"/config_*.sh | grep -oE ' [A-Z][A-Z0-9_]*=' | tr -d ' ='
     settings_variables
     printf '%s\n' LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT BIND PYTHON
-    compgen -e | grep -E '^(NCCL|UCX|NVTE|TORCH|GLOO|CUBLAS|CUDNN)_' || true
+    compgen -e | grep -E '^(NCCL|UCX|SHARP|NVTE|TORCH|GLOO|CUBLAS|CUDNN)_' || true
   } | sort -u | grep -vxE 'CONT_MOUNTS|TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD' | grep -Fxf <(compgen -e)
 }
 
@@ -71,8 +79,7 @@ hide_image_settings() {
 supervise() {
   local status=0
   if [[ "${DRY_RUN}" == 1 ]]; then
-    printf '%q ' "$@" >&3
-    printf '\n' >&3
+    show_command "$@" >&3
     return 0
   fi
   [[ -z "${stop_reason}" ]] || return "${stop_status}"
@@ -84,6 +91,30 @@ supervise() {
   child=''
   [[ -z "${stop_reason}" ]] || status="${stop_status}"
   return "${status}"
+}
+
+# A command as a shell takes it, and a reader too
+quoted() {
+  local word words=()
+  for word; do
+    [[ "${word}" =~ ^[[:alnum:]_./:=,@%+-]+$ ]] || word="${word@Q}"
+    words+=("${word}")
+  done
+  printf '%s' "${words[*]}"
+}
+
+# The names of 90 variables would hide the rest: they stand in VARIABLES, which show_variables prints
+show_command() {
+  local text
+  text="$(quoted "$@")"
+  # shellcheck disable=SC2016  # the reader's shell expands it
+  printf '%s\n' "${text/"${shown:-no variables}"/'$VARIABLES'}"
+}
+
+show_variables() {
+  [[ "${DRY_RUN}" == 1 && "${CONT}" != none ]] || return 0
+  shown="$(variable_options)"
+  printf "VARIABLES='%s'\n" "${shown}"
 }
 
 # shellcheck disable=SC2034  # run.sub reads stop_status
@@ -105,7 +136,6 @@ create_container() {
 
 create_slurm_container() {
   ((restart == 0)) || remove_from_nodes || true # those of a former life; the former bookings try again
-  book_cleanup
   say "creating container ${container} on every node"
   supervise srun --export=ALL --nodes="${DGXNNODES}" --ntasks="${DGXNNODES}" --ntasks-per-node=1 \
     --container-image="${CONT}" --container-name="${container}" --no-container-mount-home true
@@ -128,49 +158,6 @@ create_local_container() {
   [[ -z "${DOCKER_ULIMITS}" ]] ||
     complain "where a --ulimit is refused: DOCKER_ULIMITS= leaves them out (the host must then allow locked memory, for RDMA)"
   return 1
-}
-
-# All that this job has made, in former lives too. Pyxis does not look at the user's ENROOT_* folders, so enroot must not either.
-removal() {
-  # shellcheck disable=SC2016  # for the shell on the node
-  printf '%s ' 'unset "${!ENROOT_@}"; names="$(enroot list)" || exit;' \
-    'for name in ${names}; do [[ "${name}" != "$0"* ]] || enroot remove -f "${name}" || exit; done'
-}
-
-remove_command() {
-  if [[ "${LAUNCHER}" == local ]]; then
-    printf '%q ' "${DOCKER}" rm --force "${container}"
-  else
-    printf '%q ' bash -c "$(removal)" "pyxis_llama2_lora_${job}_"
-  fi
-}
-
-remove_from_nodes() { launch hosts bash -c "$(removal)" "pyxis_llama2_lora_${job}_"; }
-
-# A cancelled job may launch nothing more. So small jobs that wait for this one's end are booked to clean up after scancel, a lost
-# batch host or a kill; a job that ends by itself cleans up and cancels them. One per node: a dead node delays its own alone.
-book_cleanup() {
-  local host id booking=(sbatch --parsable --job-name="cleanup_${job}" --dependency="afterany:${job}" --nodes=1 --ntasks=1
-    --mem=100 --time=15 --chdir=/ --output=/dev/null --wrap "$(remove_command)")
-  [[ -z "${SLURM_JOB_PARTITION:-}" ]] || booking+=(--partition="${SLURM_JOB_PARTITION}")
-  [[ -z "${SLURM_JOB_ACCOUNT:-}" ]] || booking+=(--account="${SLURM_JOB_ACCOUNT}")
-  for host in "${hosts[@]}"; do
-    if ! id="$(supervise "${booking[@]}" --nodelist="${host}")"; then
-      say "no cleanup jobs: after scancel, run on the nodes: $(remove_command)"
-      return 0
-    fi
-    cleanup_jobs+=("${id}")
-  done
-}
-
-remove_container() {
-  [[ -n "${container}" ]] || return 0
-  if [[ "${LAUNCHER}" == local ]]; then
-    supervise "${DOCKER}" rm --force "${container}" >/dev/null
-  elif ((stop_status != EXIT_CANCELLED)); then # else Slurm refuses new steps, and the booked jobs do it
-    remove_from_nodes || return 1
-    ((${#cleanup_jobs[@]} == 0)) || supervise scancel --quiet "${cleanup_jobs[@]}"
-  fi
 }
 
 # What is stopped here may run on in a container, whose processes are not this one's children, while its log says aborted

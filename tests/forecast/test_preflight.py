@@ -121,6 +121,9 @@ def test_rank_grid(changes: dict[str, str], groups: dict[str, tuple[list[int], b
         ({"SEED": "7"}, "seed: 7 for all 10 runs"),
         ({"WALLTIME": "20"}, "WALLTIME=20"),
         ({"FP8": "0", "FP8_DPA": "0", "FP8_PARAMS": "0", "FP8_ACT": "0", "FP4": "1"}, "H100 has no NVFP4 units"),
+        ({"FP8_PARAM": "1"}, "FP8_PARAM: nothing reads it; is FP8_PARAMS meant?"),
+        ({"LRATE": "1e-3"}, "LRATE: nothing reads it"),
+        ({"LORA_TARGETS": "all"}, "LORA_TARGETS: nothing reads it"),
     ],
 )
 def test_no_go(changed: Callable[..., Path], changes: dict[str, str], expected: str) -> None:
@@ -149,9 +152,7 @@ def test_all_illegal_settings_are_named_together(changed: Callable[..., Path]) -
         ({"DGXNNODES": "72", "DGXSYSTEM": "DGXH100_72x8x4"}, "GBS 576"),
         ({"ACCELERATOR": "B200", "TP": "1", "SP": "0", "TP_COMM_OVERLAP": "0", "FP8_ACT": "0"}, "FP8_ACT=1"),
         ({"VAL_MBS": "25", "TP_COMM_OVERLAP": "0"}, "tight"),
-        ({"FP8_PARAM": "1"}, "FP8_PARAM: nothing reads it; is FP8_PARAMS meant?"),
-        ({"LRATE": "1e-3"}, "LRATE: nothing reads it"),
-        ({"LORA_TARGETS": "all"}, "LORA_TARGETS: nothing reads it"),
+        ({"MY_SITE": "1"}, "MY_SITE: nothing reads it"),
     ],
 )
 def test_warnings_do_not_stop_a_run(changed: Callable[..., Path], changes: dict[str, str], expected: str) -> None:
@@ -166,11 +167,28 @@ def test_a_warning_is_counted_beside_go(changed: Callable[..., Path]) -> None:
     assert "MLPERF_SUBMITTER and MLPERF_SYSTEM_NAME: not set" in done.stdout
     assert done.stdout.splitlines()[-1] == "DGXH100_1x8x4: go, 1 warning"
     named = changed(MLPERF_SUBMITTER="Site", MLPERF_SYSTEM_NAME="dgxh100_n1")
+    done = preflight(named)
+    assert "MLPERF_STATUS=research: results would be listed as Research, Development, or Internal" in done.stdout
+    assert done.stdout.splitlines()[-1] == "DGXH100_1x8x4: go, 1 warning"
+    named = changed(MLPERF_SUBMITTER="Site", MLPERF_SYSTEM_NAME="dgxh100_n1", MLPERF_STATUS="cloud")
     assert preflight(named).stdout.splitlines()[-1] == "DGXH100_1x8x4: go"
 
 
 def test_one_trial_needs_no_submitter(changed: Callable[..., Path]) -> None:
     assert "MLPERF_SUBMITTER" not in preflight(changed(NEXP="1")).stdout
+
+
+def test_a_misspelt_variable_of_the_shell_is_a_warning() -> None:
+    """It may be somebody else's; in a config it is an error."""
+    done = preflight(**exported(), FP8_PARAM="1")
+    assert done.returncode == 0
+    assert "warning: FP8_PARAM: nothing reads it; is FP8_PARAMS meant?" in done.stdout
+
+
+def test_a_systems_name_without_the_files() -> None:
+    done = preflight(ROOT / "DGXH100_1x8x4")
+    assert done.returncode == 2
+    assert f"DGXH100_1x8x4: no such file; is {H100} meant?" in done.stderr
 
 
 def test_only_configs_are_sourced(tmp_path: Path) -> None:
@@ -191,11 +209,15 @@ def test_an_unknown_picture_format_is_wrong_usage(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_environment_and_config_say_the_same() -> None:
+def exported() -> dict[str, str]:
+    """What `source CONFIG` leaves in a shell."""
     text = subprocess.run(["bash", "-c", f"source {H100}; env -0"], capture_output=True, text=True).stdout
-    exported = dict(item.split("=", 1) for item in text.split("\0") if item)
-    ours = {name: value for name, value in exported.items() if name not in ("PATH", "HOME")}
-    assert values(**ours) == values(H100)
+    found = dict(item.split("=", 1) for item in text.split("\0") if item)
+    return {name: value for name, value in found.items() if name not in ("PATH", "HOME")}
+
+
+def test_environment_and_config_say_the_same() -> None:
+    assert values(**exported()) == values(H100)
 
 
 def test_a_config_is_sourced_without_what_the_shell_holds() -> None:

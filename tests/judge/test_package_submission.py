@@ -155,6 +155,26 @@ def test_eleven_runs_are_refused(package: Callable[..., Done], logs: Path) -> No
     assert "11 runs: a result needs exactly 10 (§12); take all that were run, not the best" in package(logs).errors
 
 
+def test_a_first_trial_in_the_same_folder_is_named(package: Callable[..., Done], logs: Path) -> None:
+    write_run(logs / "241123_1.log", seed=11, losses=SLOWER)
+    (error,) = (e for e in package(logs).errors if e.startswith("11 runs"))
+    assert error.endswith("; they are of 2 jobs: 241123_* (1), 241124_* (10); move one's away")
+
+
+def test_a_description_in_a_folder_that_is_not_there(package: Callable[..., Done], logs: Path) -> None:
+    """A misspelt path, and nothing is made for it."""
+    done = package(logs, "--system", str(logs.parent / "nope/x.json"))
+    assert f"--system {logs.parent}/nope/x.json: {logs.parent}/nope is no folder" in done.errors
+    assert not (logs.parent / "nope").exists()
+
+
+def test_in_a_pipe_what_was_written_comes_before_the_errors(logs: Path) -> None:
+    command = [sys.executable, ROOT / "scripts/package_submission.py", logs, "--system", logs.parent / "new.json"]
+    command += ["--output", logs.parent / "out"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+    assert done.stdout.startswith(f"wrote {logs.parent}/new.json"), done.stdout
+
+
 @pytest.mark.parametrize(("failed", "status"), [(1, 0), (2, 1)])
 def test_one_unconverged_run_can_be_accepted(package: Callable[..., Done], logs: Path, failed: int, status: int) -> None:
     for trial in range(1, failed + 1):

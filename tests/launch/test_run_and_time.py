@@ -59,6 +59,7 @@ def test_alone():
     [
         (SLURM, "MASTER_ADDR is not set"),
         (SLURM | TWO_NODES | {"SLURM_STEP_TASKS_PER_NODE": "8,4"}, "every node must run as many tasks"),
+        ({"DRY_RUN": "yes"}, "DRY_RUN=yes: must be 0 or 1"),
         (TWO_NODES | {"RANK": "3"}, "RANK=3 without WORLD_SIZE and LOCAL_RANK"),
     ],
 )

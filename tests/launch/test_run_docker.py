@@ -104,6 +104,17 @@ def test_nothing_runs_on_behind_an_aborted_log(start, tmp_path):
     assert process.wait(180) == 143
 
 
+def test_clocks_are_put_back_after_an_interruption(start, tmp_path):
+    (tmp_path / "gpus").mkdir()
+    (tmp_path / "gpus/vboost").write_text("2 2\n")
+    process = start("hang", VBOOST="1", GPU_STATE=str(tmp_path / "gpus"))
+    wait_for(lambda: "block_start" in (tmp_path / "out").read_text(), tmp_path)
+    assert (tmp_path / "gpus/vboost").read_text() == "1 1\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(180) == 143
+    assert (tmp_path / "gpus/vboost").read_text() == "2 2\n"
+
+
 def test_refused_limits(start, tmp_path):
     assert start("pass", DOCKER_REFUSES_ULIMITS="1").wait(60) == 1
     assert "where a --ulimit is refused: DOCKER_ULIMITS= leaves them out" in (tmp_path / "out").read_text()

@@ -220,6 +220,63 @@ def test_a_dead_node_does_not_keep_the_containers_of_the_others(site):
     assert_clean(job)
 
 
+def gpus(job, node: str) -> Path:
+    """What bin/nvidia-smi keeps of a node's GPUs."""
+    return job.cluster.rig / f"nodes/{node}/local/run/l2ltest-disk/gpus"
+
+
+def vboosts(job) -> list[str]:
+    return [(gpus(job, node) / "vboost").read_text() for node in job.nodes()]
+
+
+def test_clocks_are_set_for_the_trials_and_put_back(site):
+    job = site.submit("clocks", PAYLOAD="hang", VBOOST="1", GPU_CLOCKS="1980", STOP_ON_FAILURE="1")
+    job.wait_for(lambda: run_started(job, 1), 60)
+    assert vboosts(job) == ["1 1\n", "1 1\n"]
+    assert [(gpus(job, node) / "locked").read_text() for node in job.nodes()] == ["1980\n", "1980\n"]
+    site.cluster.run("scancel", "--signal=USR1", "--batch", str(job.number))  # what Slurm sends near the time limit
+    assert job.wait() == 124, job.text()
+    assert vboosts(job) == ["0 0\n", "0 0\n"]
+    assert not any((gpus(job, node) / "locked").exists() for node in job.nodes())
+    for node in job.nodes():
+        assert f"run.sub: {node}: VBOOST=1: set, was 0\n" in job.text()
+    assert not list(job.results.glob(".gpu_clocks*"))
+    assert f"cleanup_{job.number}" not in site.cluster.run("squeue", "--format=%j").stdout
+
+
+def test_clocks_are_put_back_after_scancel(site):
+    """A cancelled job may launch nothing: the booked jobs do it, without a container too."""
+    job = site.submit("clocks2", PAYLOAD="hang", VBOOST="1", CONT="none", PYTHON="tests/launch/bin/python")
+    job.wait_for(lambda: run_started(job, 1), 60)
+    assert vboosts(job) == ["1 1\n", "1 1\n"]
+    site.cluster.run("scancel", str(job.number))
+    job.wait()
+    job.wait_for(lambda: vboosts(job) == ["0 0\n", "0 0\n"], 30)
+    job.wait_for(lambda: not list(job.results.glob(".gpu_clocks*")), 10)
+    assert_clean(job)
+
+
+def test_a_requeued_job_puts_back_what_its_first_life_found(site):
+    job = site.submit("again", "--nodelist=node3,node4", PAYLOAD="hang_once", VBOOST="2")
+    job.wait_for(lambda: run_started(job, 1), 60)
+    site.cluster.run("scontrol", "requeue", str(job.number))
+    job.wait_for(lambda: job.show()["JobState"] == "PENDING", 30)
+    site.cluster.run("scontrol", "update", f"JobId={job.number}", "StartTime=now+4")  # not Slurm's two minutes
+    assert job.wait() == 0, job.text()
+    assert "VBOOST=2: it was set" in job.text()
+    assert vboosts(job) == ["0 0\n", "0 0\n"]
+
+
+def test_a_user_who_may_not_set_clocks(user_site):
+    """The trial is run all the same."""
+    job = user_site.submit("no clocks", VBOOST="1", GPU_CLOCKS="1980")
+    assert job.wait() == 0, job.text()
+    for node in job.nodes():
+        assert f"run.sub: {node}: warning: VBOOST=1: not set, still 0: sudo: a password is required" in job.text()
+        assert f"run.sub: {node}: warning: GPU_CLOCKS=1980: not set: sudo: a password is required" in job.text()
+    assert vboosts(job) == ["0 0\n", "0 0\n"]
+
+
 def containers(job, node: str) -> list[Path]:
     return list((job.cluster.rig / f"nodes/{node}/local/run/spank_stub").glob(f"*_{job.number}_*"))
 
@@ -235,7 +292,7 @@ def test_a_users_own_enroot_folders(site):
 def test_all_unset_variables_are_named_at_once(site):
     job = site.submit("unset", MODEL="", CONT="", HEALTH="maybe")
     assert job.wait() == 2
-    for problem in ("MODEL: is not set", "CONT: is not set", "HEALTH=maybe: must be one of off warn fail"):
+    for problem in ("CONT MODEL: not set: export them before sbatch", "HEALTH=maybe: must be one of off warn fail"):
         assert problem in job.text()
 
 

@@ -174,6 +174,44 @@ def test_links():
     assert "most links are inactive" in bad(node(nvlink=probe.parse_nvlink(all_down)))[0]
 
 
+def tray(number: int, uuid: str, clique: int = 7) -> dict:
+    """A tray of four GPUs in an NVL72 rack."""
+    fabric = f"<cliqueId>{clique}</cliqueId><clusterUuid>{uuid}</clusterUuid>"
+    text = nvidia_smi(4).replace("<cliqueId>0</cliqueId>", fabric)
+    return node(number, gpu=probe.parse_nvidia_smi(text), nvlink=probe.parse_nvlink(nvlink(4)))
+
+
+def racks(*trays: dict, group: int) -> list[tuple[str, str]]:
+    found = verdict.judge(trays, len(trays), 4, "gpu", "GB200", group)
+    return [(f.level, f.text) for f in found if f.code == "racks"]
+
+
+A, B, NONE = (
+    "4b6e1a5c-0000-4000-8000-00000000000a",
+    "4b6e1a5c-0000-4000-8000-00000000000b",
+    "00000000-0000-0000-0000-000000000000",
+)
+
+
+def test_a_context_parallel_group_lies_in_one_rack():
+    """Two trays a group, as CP8 on GB200: groups may lie in different racks, but none in two."""
+    ((level, text),) = racks(tray(0, A), tray(1, A), tray(2, B), tray(3, B), group=8)
+    assert (level, text) == ("ok", "every group of 8 ranks lies in one NVLink domain, 2 in all")
+    ((level, text),) = racks(tray(0, A), tray(1, A), tray(2, A), tray(3, B), group=8)
+    assert level == "error"
+    assert "have no common NVLink domain: node3 and node4; sbatch --segment=N" in text
+    ((level, _),) = racks(tray(0, A, clique=1), tray(1, A, clique=2), group=8)
+    assert level == "error", "a rack may be divided"
+
+
+def test_racks_are_not_judged_where_a_node_holds_its_groups_or_reports_no_rack():
+    assert racks(tray(0, A), tray(1, B), group=4) == []
+    ((level, text),) = racks(tray(0, A), tray(1, NONE), group=8)
+    assert (level, text) == ("unknown", "TP * CP = 8 ranks span 2 nodes; a node reports no NVLink domain")
+    ((level, _),) = racks(tray(0, A), tray(1, A) | {"gpu": None}, group=8)
+    assert level == "unknown"
+
+
 def test_infiniband_ports_matter_on_more_than_one_node():
     down = probe.parse_ibstat(ibstat().replace("State: Active", "State: Down", 1))
     assert bad(node(infiniband=down)) == []

@@ -490,6 +490,13 @@ def test_command_refuses_in_one_line_and_makes_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_is_not_there_is_no_repository(tmp_path):
+    done = script("--output_path", tmp_path / "out", "--source", tmp_path / "nope")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {tmp_path}/nope: no such folder; a source is a folder, or owner/name")
+    assert not (tmp_path / "out").exists()
+
+
 def test_computed_buffers_and_a_second_copy_of_a_tied_embedding_are_ignored(tmp_path):
     import torch
 

@@ -12,8 +12,8 @@ from llama2_lora.findings import Finding, one_line
 # What run.sub and the scripts that it calls read besides settings (docs/launch.md)
 LAUNCHER = frozenset((
     "BIND", "CONT", "CONT_MOUNTS", "DATADIR", "DATESTAMP", "DOCKER", "DOCKER_ULIMITS", "DROP_CACHES",
-    "DROP_CACHES_COMMAND", "DRY_RUN", "EXTRA_MOUNTS", "HEALTH", "LAUNCHER", "LOGDIR", "MASTER_ADDR", "MASTER_PORT",
-    "MODEL", "NCCL_TEST", "PYTHON", "REHEARSE", "RULESET", "STOP_ON_FAILURE", "TREE", "WORKDIR",
+    "DROP_CACHES_COMMAND", "DRY_RUN", "EXTRA_MOUNTS", "GPU_CLOCKS", "HEALTH", "LAUNCHER", "LOGDIR", "MASTER_ADDR",
+    "MASTER_PORT", "MODEL", "NCCL_TEST", "PYTHON", "REHEARSE", "RULESET", "STOP_ON_FAILURE", "TREE", "VBOOST", "WORKDIR",
 ))
 # Libraries and systems that read the environment: a name that starts so is theirs
 LIBRARIES = (
@@ -27,13 +27,15 @@ CLOSE = 0.85  # difflib's ratio: one wrong letter in a name of six or more
 
 
 def unknown(names: Iterable[str], ours: bool) -> Iterator[Finding]:
-    """A warning per name that nothing reads. `ours`: a config exports them, so any unknown name is an error of the config;
-    otherwise they are a whole environment, of which only names that look like a setting's are told."""
+    """One finding per name that nothing reads. `ours`: a config exports them, and all are told: one that looks like a setting's
+    is an error, since the config means what will not happen. Otherwise they are a whole shell's, where it is a warning."""
     known = variables() | LAUNCHER
     for name in sorted(set(names) - known):
         if name.startswith(LIBRARIES):
             continue
         close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5 if name.startswith(OURS) else CLOSE)
-        if ours or close or name.startswith(OURS):
+        like_a_setting = bool(close) or name.startswith(OURS)
+        if ours or like_a_setting:
             meant = f"; is {close[0]} meant?" if close else ""
-            yield Finding("warning", "unknown variable", f"{one_line(name)}: nothing reads it{meant}")
+            level = "error" if ours and like_a_setting else "warning"
+            yield Finding(level, "unknown variable", f"{one_line(name)}: nothing reads it{meant}")

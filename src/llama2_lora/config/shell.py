@@ -18,7 +18,8 @@ def source(config: Path, given: Mapping[str, str] | None = None) -> dict[str, st
     """Name and value of every variable that `source CONFIG` exports, `given` being exported before. ValueError says why there
     are none."""
     if not config.is_file():
-        raise ValueError(f"{config}: no such file")
+        meant = config.with_name(f"config_{config.name.removeprefix('config_').removesuffix('.sh')}.sh")
+        raise ValueError(f"{config}: no such file{f'; is {meant} meant?' if meant.is_file() else ''}")
     if not fnmatch(config.name, "config_*.sh"):  # sourcing runs it, whatever it is
         raise ValueError(f"{config}: must be a config_*.sh")
     try:

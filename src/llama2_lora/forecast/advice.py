@@ -144,3 +144,6 @@ def _submission_findings(settings: Settings) -> Iterator[Finding]:
     if unset:
         text = f"{' and '.join(unset)}: not set: {settings.system.trials} runs of the closed division could not be submitted"
         yield Finding("warning", "submission", f"{text}; export it, or try with NEXP=1 first")
+    elif s.status == "research":
+        text = "results would be listed as Research, Development, or Internal; export onprem, cloud or preview unless they are"
+        yield Finding("warning", "submission", f"MLPERF_STATUS=research: {text}")

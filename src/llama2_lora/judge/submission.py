@@ -9,7 +9,8 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def run_problems(summary: Summary, accept_unconverged: bool) -> Iterator[str]:
     """Why these runs are no result, each with its rule."""
     runs, needed = summary.runs, rules.RUNS_PER_RESULT
     if len(runs) != needed:
-        yield f"{len(runs)} runs: a result needs exactly {needed} (§12); take all that were run, not the best"
+        yield f"{len(runs)} runs: a result needs exactly {needed} (§12); take all that were run, not the best{_jobs(runs)}"
     yield from mixed_configs(summary)
     failed = [run for run in runs if not run.converged]
     accepted = failed if accept_unconverged and len(failed) == 1 else []
@@ -88,6 +89,15 @@ def run_problems(summary: Summary, accept_unconverged: bool) -> Iterator[str]:
         yield from (f"{f.where}: {f.text}" for f in result.findings if f.level == "error")
         if result.score.rcp_passed is False:
             yield f"convergence against the reference (RCP, {summary.ruleset}): failed, {result.score.rcp}"
+
+
+def _jobs(runs: Sequence[Run]) -> str:
+    """Where the logs are of several jobs: of which, by what run.sub's names begin with. A first trial may share the folder."""
+    jobs = Counter(run.path.stem.rpartition("_")[0] for run in runs)
+    if len(jobs) < 2:
+        return ""
+    counted = ", ".join(f"{name}_* ({count})" for name, count in jobs.items())
+    return f"; they are of {len(jobs)} jobs: {counted}; move one's away"
 
 
 def mixed_configs(summary: Summary) -> Iterator[str]:
@@ -117,9 +127,11 @@ def read_system(path: Path, summary: Summary) -> tuple[dict[str, Any], list[str]
     known = known_fields(summary)
     try:
         if not path.exists():
+            if not path.parent.is_dir():
+                return {}, [f"--system {path}: {path.parent} is no folder"]
             with new_file(path) as file:
                 file.write((json.dumps({f: known.get(f, "") for f in (*REQUIRED, *OPTIONAL)}, indent=2) + "\n").encode())
-            print(f"wrote {path}: fill in its empty fields")
+            print(f"wrote {path}: fill in its empty fields", flush=True)  # before the errors, in a pipe too
         system = dict(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         return {}, [f"--system {path}: {error.strerror}"]

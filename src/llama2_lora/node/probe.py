@@ -190,6 +190,7 @@ def _parse_gpu(gpu: ET.Element) -> dict[str, Any]:
         for e in gpu.findall(f"{tag}/*")
         if e.text == "Active"
     ]
+    domain = [gpu.findtext(f"fabric/{name}", "N/A").strip() for name in ("clusterUuid", "cliqueId")]
     total, used = number("fb_memory_usage/total"), number("fb_memory_usage/used")
     return {
         "name": gpu.findtext("product_name", ""),
@@ -203,6 +204,8 @@ def _parse_gpu(gpu: ET.Element) -> dict[str, Any]:
         "remap_pending": "Yes" in (gpu.findtext(f"remapped_rows/remapped_row_{s}", "") for s in ("pending", "failure")),
         "mig": gpu.findtext("mig_mode/current_mig", "") == "Enabled",
         "fabric": (gpu.findtext("fabric/state", "N/A"), gpu.findtext("fabric/status", "N/A")),
+        # GPUs of one value reach each other over NVLink, on other nodes too; DGX systems have no cluster: all zeros, or N/A
+        "nvlink_domain": None if domain[0] == "N/A" or set(domain[0]) <= set("0-") else "/".join(domain),
     }
 
 

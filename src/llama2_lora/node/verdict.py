@@ -55,8 +55,11 @@ LINKS = {
 }
 
 
-def judge(probes: Sequence[dict[str, Any]], nodes: int, gpus: int, platform: str, accelerator: str) -> list[Finding]:
-    """One finding per node and check, then what only a comparison of the nodes shows."""
+def judge(
+    probes: Sequence[dict[str, Any]], nodes: int, gpus: int, platform: str, accelerator: str, group: int = 1
+) -> list[Finding]:
+    """One finding per node and check, then what only a comparison of the nodes shows. `group`: consecutive ranks that exchange
+    keys and values, TP * CP."""
     findings = []
     if len(probes) != nodes:
         findings.append(Finding("fatal", "nodes", f"{len(probes)} of {nodes} nodes answered the probe", JOB))
@@ -65,7 +68,8 @@ def judge(probes: Sequence[dict[str, Any]], nodes: int, gpus: int, platform: str
         if platform == "gpu":
             checks += [*_gpu_checks(seen, gpus, accelerator), *_link_checks(seen, nodes, LINKS.get(accelerator))]
         findings += [replace(check, where=seen["host"]) for check in checks]
-    return findings + [replace(check, where=JOB) for check in _comparisons(probes, platform)]
+    together = [*_comparisons(probes, platform), *_racks(probes, gpus, group)]
+    return findings + [replace(check, where=JOB) for check in together]
 
 
 def _file_checks(seen: dict[str, Any]) -> Iterator[Finding]:
@@ -123,7 +127,7 @@ def _gpu_checks(seen: dict[str, Any], gpus: int, accelerator: str) -> Iterator[F
     yield from _cuda_checks(driver, seen["gpu"]["cuda"], seen["cuda"])
     problems = [f"GPU {i}: {problem}" for i, device in enumerate(devices) for problem in _device_problems(device, accelerator)]
     yield _judged("gpu state", not problems, "; ".join(problems) or "memory, clocks, ECC, MIG and fabric as expected")
-    optional = {"application_mhz"}  # newer drivers have no application clocks
+    optional = {"application_mhz", "nvlink_domain"}  # newer drivers have no application clocks, DGX systems no such domain
     if unread := sorted({key for device in devices for key, value in device.items() if value is None} - optional):
         yield Finding("unknown", "gpu state", f"this driver does not report {', '.join(unread)}")
 
@@ -205,6 +209,24 @@ def _comparisons(probes: Sequence[dict[str, Any]], platform: str) -> Iterator[Fi
         odd = [f"{seen['host']}: {fact(seen)}" for seen in probes if str(fact(seen)) != usual]
         level = "ok" if not odd else "fatal" if name in ("data", "checkpoint") else "error"
         yield Finding(level, f"same {name}", f"most: {usual}; but {'; '.join(odd)}" if odd else usual)
+
+
+def _racks(probes: Sequence[dict[str, Any]], gpus: int, group: int) -> Iterator[Finding]:
+    """A context-parallel group of several nodes must lie in one NVLink domain: one NVL72 rack. Slurm places by segment."""
+    if (span := group // gpus) < 2:
+        return
+    domains = [{d["nvlink_domain"] for d in seen["gpu"]["gpus"]} if seen["gpu"] else {None} for seen in probes]
+    if any(None in found for found in domains):
+        yield Finding("unknown", "racks", f"TP * CP = {group} ranks span {span} nodes; a node reports no NVLink domain")
+        return
+    split = []
+    for first in range(0, len(probes), span):
+        if len(set.union(*domains[first : first + span])) > 1:
+            split.append(" and ".join(seen["host"] for seen in probes[first : first + span]))
+    cure = f"sbatch --segment=N with a multiple of {span} places whole groups (SBATCH_SEGMENT_SIZE needs Slurm 25.05.1)"
+    good = f"every group of {group} ranks lies in one NVLink domain, {len(set.union(*domains))} in all"
+    text = f"TP * CP = {group} ranks exchange keys and values, but have no common NVLink domain: {', '.join(split)}; {cure}"
+    yield _judged("racks", not split, text if split else good)
 
 
 def _active(port: dict[str, str]) -> bool:

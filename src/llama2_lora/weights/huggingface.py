@@ -167,6 +167,8 @@ def open_model(source: str, revision: str = "main") -> HFModel:
     cache. Llama-2-70B is found under both spellings of its name, 70b and 70B."""
     if Path(source).is_dir():
         return HFModel(Path(source))
+    if source.startswith(("/", ".", "~")):
+        raise ValueError(f"{source}: no such folder; a source is a folder, or owner/name of a repository on the hub")
     is_base = source.lower() == BASE.lower()
     if is_base:
         for folder in _folders_in_hf_home():
