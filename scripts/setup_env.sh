@@ -150,9 +150,11 @@ main() {
       sed -n '2,/^set /s/^# \{0,1\}//p' scripts/setup_env.sh
       return
       ;;
-    '' | --lock | --gpu) find_python ;;
+    '' | --lock | --gpu) ;;
     *) die "unknown argument $1; see scripts/setup_env.sh --help" ;;
   esac
+  [[ "${DRY_RUN:-0}" == [01] ]] || die "DRY_RUN=${DRY_RUN}: must be 0 or 1"
+  find_python
   case "${1:-}" in
     --lock) lock ;;
     --gpu) install_gpu "${VENV:-.venv-gpu}" ;;

@@ -49,6 +49,13 @@ def test_wrong_arguments_are_refused():
     assert "--gpu" in run(ROOT / "scripts/setup_env.sh", "--help")
 
 
+def test_a_wrong_switch_is_refused():
+    """Not taken for 0: it would delete an environment and compile for half an hour."""
+    environment = {"PATH": os.environ["PATH"], "DRY_RUN": "yes"}
+    done = subprocess.run([ROOT / "scripts/setup_env.sh", "--gpu"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "[setup] error: DRY_RUN=yes: must be 0 or 1\n")
+
+
 def test_the_steps_for_a_gpu_machine():
     """torch for CUDA 13 first, the pins, Transformer Engine against that torch, the project, and a look at what is imported."""
     lines = run(ROOT / "scripts/setup_env.sh", "--gpu", DRY_RUN="1", VENV="/v").splitlines()
