@@ -5,7 +5,6 @@ One run on one rank with FP8 weights, watched at every station; what was seen is
 
 from __future__ import annotations
 
-import functools
 import gc
 import hashlib
 import json
@@ -21,6 +20,7 @@ import pytest
 import torch
 
 from helpers import ROOT
+from helpers.on_the_clock import watch_compilation
 from helpers.training_runs import Tiny, clean_environment, events, free_port, train_here
 
 LAYERS = 2
@@ -48,27 +48,6 @@ def worker(environment: dict[str, str], file: Path) -> None:
     with patch.object(loops, "dist", SimpleNamespace(get_backend=lambda: "nccl")):
         train_here(environment)
     file.write_text(json.dumps(report))
-
-
-def watch_compilation(report: dict[str, Any]) -> None:
-    """Graphs that torch.compile has made when the clock starts, and when it stops. It traces, and runs what it traced as it is:
-    the pretended device has no code generator, for which the CPU platform turns torch.compile off."""
-    from torch._dynamo.utils import counters
-
-    from llama2_lora.mlperf_log import MLPerfLog
-    from llama2_lora.training.cpu import device
-
-    torch.compile = functools.partial(torch.compile, backend="eager")  # before Megatron decorates its small fusions
-    stand_ins = device.stand_ins
-    device.stand_ins = lambda capability: (found for found in stand_ins(capability) if found[1] != "disable")
-    for name in ("run_start", "run_stop"):
-        event = getattr(MLPerfLog, name)
-
-        def counted(self: Any, *arguments: Any, name: str = name, event: Any = event) -> None:
-            report[f"graphs at {name}"] = counters["stats"]["unique_graphs"]
-            event(self, *arguments)
-
-        setattr(MLPerfLog, name, counted)
 
 
 def fp8_weights(module: torch.nn.Module) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -22,7 +22,9 @@ from mlperf_logging.mllog import constants
 from llama2_lora.config.settings import Settings
 from llama2_lora.mlperf_log import MLPerfLog, submission_values
 from llama2_lora.training.adapter import SeededLoRA, adapter_weights
-from llama2_lora.training.warmup import WarmUp
+
+if TYPE_CHECKING:
+    from llama2_lora.training.warmup import WarmUp  # which warms up what healing.py switches to, which logs precisions()
 
 
 class NonFiniteLoss(RuntimeError):
