@@ -141,6 +141,20 @@ def run_training(environment: dict[str, str], ranks: int = 1, timeout: float = 3
     )
 
 
+def run_worker(file: str, environment: Any, report: Path, **variables: str) -> tuple[str, Any]:
+    """Run a test file's own worker as the one rank of a world, on what train_here is to be given; its output and its report."""
+    launcher = {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    done = subprocess.run(
+        [sys.executable, file, json.dumps(environment), report],
+        env=clean_environment(PYTHONPATH=f"{ROOT}/src:{ROOT}/tests", MASTER_ADDR="127.0.0.1", **launcher, **variables),
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout, json.loads(report.read_text())
+
+
 def train_here(environment: dict[str, str], log: Any = None) -> bool:
     """train.py's `train` in this process, so that several runs share one import of NeMo. Returns whether it converged.
 

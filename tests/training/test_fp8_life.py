@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -19,9 +18,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from helpers import ROOT
 from helpers.on_the_clock import watch_compilation
-from helpers.training_runs import Tiny, clean_environment, events, free_port, train_here
+from helpers.training_runs import Tiny, events, free_port, run_worker, train_here
 
 LAYERS = 2
 
@@ -174,17 +172,8 @@ def ran(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict
     folder = tmp_path_factory.mktemp("fp8")
     changes = {"FP8": "1", "FP8_PARAMS": "1", "WARMUP_TRAIN_STEPS": "2", "WARMUP_VALIDATION_STEPS": "1"}
     environment = tiny.environment(folder, MASTER_PORT=free_port(), **changes)
-    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
     image = {"NVTE_FLASH_ATTN": "1", "NVTE_FUSED_ATTN": "0", "NVTE_UNFUSED_ATTN": "1"}  # what an image may set
-    done = subprocess.run(
-        [sys.executable, __file__, json.dumps(environment), folder / "report.json"],
-        env=clean_environment(PYTHONPATH=f"{ROOT}/src:{ROOT}/tests", MASTER_ADDR="127.0.0.1", **launcher, **image),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout, json.loads((folder / "report.json").read_text())
+    return run_worker(__file__, environment, folder / "report.json", **image)
 
 
 def test_the_run_is_one_in_fp8(ran: tuple[str, dict[str, Any]]) -> None:

@@ -17,7 +17,7 @@ import pytest
 from helpers import ROOT
 from helpers.many_runs import Done, run_many
 from helpers.on_the_clock import watch_compilation, watch_kernels
-from helpers.training_runs import Tiny, clean_environment, events, free_port, make_model, train_here, values
+from helpers.training_runs import Tiny, events, free_port, make_model, run_worker, train_here, values
 
 STEPS, HEAL = 8, 4
 SHORT = {"MAX_STEPS": str(STEPS), "EVAL_EVERY_SEQUENCES": "32", "EVAL_SKIP": "0", "FP4": "1"}
@@ -82,16 +82,8 @@ def warmed_up(
         model.environment(folder, WARMUP_TRAIN_STEPS=steps, WARMUP_VALIDATION_STEPS=steps, MASTER_PORT=free_port(), **settings)
         for steps in ("2", "0")
     ]
-    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
-    done = subprocess.run(
-        [sys.executable, __file__, json.dumps(environments), folder / "report.json"],
-        env=clean_environment(PYTHONPATH=f"{ROOT}/src:{ROOT}/tests", MASTER_ADDR="127.0.0.1", **launcher),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout.split("run\n")[1:], json.loads((folder / "report.json").read_text())
+    output, report = run_worker(__file__, environments, folder / "report.json")
+    return output.split("run\n")[1:], report
 
 
 def test_nothing_is_called_or_compiled_for_the_first_time_on_the_clock(warmed_up: tuple[list[str], dict[str, Any]]) -> None:
