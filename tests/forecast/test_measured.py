@@ -167,7 +167,8 @@ def of(config: str, few: Measured, **changes: str) -> tuple[Measured, Settings]:
     """A rank of this config: 3.3 s a step, 1.3 s an evaluation."""
     settings = Settings.from_env(source(ROOT / config) | changes)
     part = settings.system.accelerator
-    return replace(few, settings=measured.deciding(settings), gpu=part, accelerator=part, passes=[Pass(80, [3.3], 1.3)]), settings
+    decided = measured.deciding(settings)
+    return replace(few, settings=decided, gpu=part, accelerator=part, passes=[Pass(80, [3.3], 1.3)]), settings
 
 
 def test_a_run_in_fp4_is_forecast_with_its_healing(few: Measured) -> None:

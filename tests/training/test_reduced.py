@@ -19,6 +19,7 @@ from helpers.training_runs import clean_environment, events, make_one_token_data
 from llama2_lora.config import reduced, rules
 from llama2_lora.config.settings import Settings
 from llama2_lora.config.shell import source
+from llama2_lora.forecast import table
 
 TRIAL = 'source scripts/rehearse.sh --help >/dev/null; train "$1" trial "$2" fp32'
 
@@ -34,7 +35,7 @@ class Group:
 
 def groups() -> Iterator[Group]:
     found: dict[Settings, Group] = {}
-    for config in sorted(ROOT.glob("config_*_*x*x*.sh")):
+    for config in table.configs():
         exported = source(config)
         settings = Settings.from_env(exported)
         if settings.rehearsal:
