@@ -28,7 +28,6 @@ from llama2_lora.config.shell import source
 from llama2_lora.findings import Finding, show
 from llama2_lora.forecast.show import show_measured
 
-
 INTERRUPTED, TERMINATED = 130, 143
 
 
@@ -66,7 +65,7 @@ def platform(settings: Settings) -> AbstractContextManager[None]:
 
 
 def terminate(signum: int, frame: object) -> NoReturn:
-    """Where there is a handler, Lightning calls it at once; alone, its own waits for the end of a training batch, and none ends."""
+    """Lightning calls a handler that is there at once. Its own waits for the end of a training batch, and here none ends."""
     raise SystemExit(TERMINATED)
 
 
