@@ -81,8 +81,11 @@ def describe_build(shape: LlamaShape, meta: bool) -> dict:
             lora(model)
         layer = model.module.decoder.layers[0]
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        linear = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-        frozen = {name.split(".")[-2]: p for name, p in layer.named_parameters() if name.split(".")[-2] in linear}
+        frozen = {
+            next(part for part in name.split(".") if part.startswith("linear_")): p
+            for name, p in layer.named_parameters()
+            if name.endswith(".weight") and not p.requires_grad
+        }
         return {
             "world_size": torch.distributed.get_world_size(),
             "modules": dict(Counter(type(m).__module__.split(".")[0] + "." + type(m).__name__ for m in layer.modules())),
