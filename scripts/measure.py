@@ -7,23 +7,28 @@
 
 It needs no checkpoint, no data set and no second GPU: weights are random, and collectives return at once, so every time is
 without communication. scripts/preflight.py CONFIG --measured FILE makes a forecast of it.
-Exit status: 0 measured, 1 not (no GPU, out of memory), 2 wrong usage, 130 interrupted; the file has the figures so far.
+Exit status: 0 measured, 1 not (no GPU, out of memory), 2 wrong usage, 130 interrupted, 143 terminated: the file has the
+figures so far.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 from llama2_lora.config.settings import Settings
 from llama2_lora.config.shell import source
 from llama2_lora.findings import Finding, show
 from llama2_lora.forecast.show import show_measured
+
+INTERRUPTED, TERMINATED = 130, 143
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -59,6 +64,11 @@ def platform(settings: Settings) -> AbstractContextManager[None]:
     return cpu_platform(capability_for(settings.precision))
 
 
+def terminate(signum: int, frame: object) -> NoReturn:
+    """Lightning calls a handler that is there at once. Its own waits for the end of a training batch, and here none ends."""
+    raise SystemExit(TERMINATED)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
@@ -70,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     output = arguments.output or Path(f"measured_{settings.system.name}.json")
     status, session = 0, None
+    signal.signal(signal.SIGTERM, terminate)
     try:
         from llama2_lora.training.measure_device import device_of
 
@@ -82,9 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         status = 1
-    except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
-        print("interrupted", file=sys.stderr)
-        status = 130
+    except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns the first into the second
+        status = TERMINATED if stop.args == (TERMINATED,) else INTERRUPTED
+        print("terminated" if status == TERMINATED else "interrupted", file=sys.stderr)
     if session and session.found.passes:
         show_measured(session.found, session.account, session.rates())
         forecast = f"{output} is written; forecast: scripts/preflight.py {arguments.config} --measured {output}"

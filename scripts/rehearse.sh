@@ -3,6 +3,8 @@
 #   scripts/rehearse.sh              generated reports; the target is the benchmark's 0.925
 #   scripts/rehearse.sh --gpu        on the GPUs of this machine, in the image: real kernels, FP8; config_GPU_1x*.sh
 #   scripts/rehearse.sh --text DIR   your own text files (scripts/rehearsal_data.py --help says which); TARGET_LOSS is free
+#   scripts/rehearse.sh --config F   a few steps of a cluster's config_*.sh on two or four CPU ranks, with its precision, overlap
+#                                    and healing; every value that is reduced is shown. TARGET_LOSS is 10 unless it is set
 # What it makes lies in rehearsal/ (REHEARSAL_DIR), and is used again as long as it is up to date. The run itself is run.sub's,
 # without Slurm and without a container. Exit status: 0 the run reached the target and its log passes the compliance checker;
 # 2 wrong use; else not.
@@ -19,19 +21,28 @@ die() {
   exit 2
 }
 
-# Options for rehearsal_data.py, a word per line
+# main's gpu (0 or 1), cluster (a config) and options (of rehearsal_data.py)
 parse() {
   while (($# > 0)); do
     case "$1" in
       --text)
         [[ -d "${2:-}" ]] || die "--text ${2:-}: is not a folder"
-        printf '%s\n' --text "$(realpath -- "$2")"
+        options+=(--text "$(realpath -- "$2")")
         shift 2
         ;;
-      --gpu) shift ;; # see main
+      --config)
+        [[ -f "${2:-}" ]] || die "--config ${2:-}: is no file"
+        cluster="$(realpath -- "$2")"
+        shift 2
+        ;;
+      --gpu)
+        gpu=1
+        shift
+        ;;
       *) die "unknown argument $1; see $0 --help" ;;
     esac
   done
+  [[ "${gpu}" == 0 || -z "${cluster}" ]] || die "--config ${cluster}: is reduced to CPU ranks; leave out --gpu"
 }
 
 # Held as long as this process or one that it started lives
@@ -83,9 +94,19 @@ prepare() { # dtype, options of rehearsal_data.py...
   python scripts/convert_model.py --source "${WORK}/base" --output_path "${WORK}/checkpoint_$1" --dtype "$1"
 }
 
+# A cluster's config as two cores bear it: each value that changes is shown
+reduce() {
+  local changes
+  changes="$(PYTHONPATH=src python -m llama2_lora.config.reduced)" || return
+  printf '%s\n' "${changes}"
+  eval "${changes}"
+  export TARGET_LOSS="${TARGET_LOSS:-10}" # a few steps reach no target: any loss is to end the run
+}
+
 train() { # folder, stamp, config, dtype
   # shellcheck source=config_CPU_1x2x4.sh
   source "$3"
+  [[ "$4" != fp32 || "${PLATFORM:-gpu}" != gpu ]] || reduce || return # fp32: the CPU's
   DATADIR="$(absolute "${WORK}/data/gov_report")" MODEL="$(absolute "${WORK}/checkpoint_$4")" LOGDIR="$(absolute "$1")"
   export DATADIR MODEL LOGDIR DATESTAMP="$2"
   export CONT=none LAUNCHER=local HEALTH=warn NCCL_TEST=0
@@ -95,7 +116,7 @@ train() { # folder, stamp, config, dtype
   RULESET="$(PYTHONPATH=src python -c 'from llama2_lora.config import rules; print(*rules.RULESETS)')"
   [[ "${TARGET_LOSS:-${TARGET}}" == "${TARGET}" ]] || RULESET=''
   export RULESET
-  step "Training: run.sub, ${DGXNGPU} ranks, config_${DGXSYSTEM}.sh, at most ${MAX_STEPS} steps; log $1/$2_1.log"
+  step "Training: run.sub, ${DGXNGPU} ranks, ${3##*/}, at most ${MAX_STEPS} steps; log $1/$2_1.log"
   mkdir -p "$1"
   local status=0
   bash run.sub |& tee "$1.out" | progress || status=$?
@@ -138,16 +159,15 @@ rounded() { # loss
 }
 
 main() {
-  local options stamp run log adapter config gpu=0 dtype=fp32 status=0
+  local options=() cluster='' stamp run log adapter config gpu=0 dtype=fp32 status=0
   if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then
     sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     return
   fi
-  options="$(parse "$@")" # a process substitution would lose its status
-  mapfile -t options < <(printf '%s' "${options}${options:+$'\n'}")
+  parse "$@"
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
-  [[ " $* " != *" --gpu "* ]] || gpu=1 dtype=bf16
-  config="$(config_of "${gpu}")"
+  ((gpu == 0)) || dtype=bf16
+  config="${cluster:-$(config_of "${gpu}")}"
   lock "${WORK}"
   stamp="$(date +%y%m%d%H%M%S)"
   run="${WORK}/runs/${stamp}" log="${WORK}/runs/${stamp}/${stamp}_1.log"
@@ -162,6 +182,11 @@ main() {
   prepare "${dtype}" "${options[@]}"
   train "${run}" "${stamp}" "${config}" "${dtype}" || status=$?
   step "Verdict"
+  if [[ -n "${cluster}" ]]; then
+    ((status != 0)) || echo "${cluster##*/} trains and evaluates; what the rules ask of a log, a few steps cannot have"
+    printf '\nlog      %s\n' "${log}"
+    return "${status}"
+  fi
   if [[ "${TARGET_LOSS:-${TARGET}}" == "${TARGET}" ]]; then
     python scripts/summarize.py "${run}" --html "${run}/summary.html" || status=1
   else

@@ -25,7 +25,10 @@ RUN = {
         "DATADIR=/data/gov_report MODEL=/data/model LOGDIR=logs CONT=none DRY_RUN=1 scripts/run_docker.sh config_CPU_1x2x4.sh"
     ],
     "logs.md": ["scripts/package_submission.py LOGDIR --system my_system.json --output submission"],
-    "rehearsal.md": ["python scripts/rehearsal_data.py --output own/data --text notes"],
+    "rehearsal.md": [
+        "python scripts/rehearsal_data.py --output own/data --text notes",
+        "source config_GB200_2x4x2.sh && PYTHONPATH=src python -m llama2_lora.config.reduced",
+    ],
 }
 
 

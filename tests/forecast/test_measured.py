@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +19,7 @@ from llama2_lora.config.shell import source
 from llama2_lora.forecast import measured
 from llama2_lora.forecast.measured import Measured, MeasuredMemory, MemoryItem, Names, Pass
 from llama2_lora.forecast.plan import plan
-from llama2_lora.forecast.timing import FITTED
+from llama2_lora.forecast.timing import FITTED, HEAL_SECONDS
 
 CONFIG = ROOT / "config_DGXH100_1x8x4.sh"
 
@@ -160,3 +161,51 @@ def test_what_the_file_cannot_say_is_said(few: Measured, tmp_path: Path, change:
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
     done = preflight(tmp_path / "none.json")
     assert (done.returncode, done.stderr) == (2, f"error: {tmp_path}/none.json: No such file or directory\n")
+
+
+def of(config: str, few: Measured, **changes: str) -> tuple[Measured, Settings]:
+    """A rank of this config: 3.3 s a step, 1.3 s an evaluation."""
+    settings = Settings.from_env(source(ROOT / config) | changes)
+    part = settings.system.accelerator
+    decided = measured.deciding(settings)
+    return replace(few, settings=decided, gpu=part, accelerator=part, passes=[Pass(80, [3.3], 1.3)]), settings
+
+
+def test_a_run_in_fp4_is_forecast_with_its_healing(few: Measured) -> None:
+    """GBS 8: 350 steps in FP4, the pause, and slower steps for the rest of the run; without FP4_HEAL_STEP none of it."""
+    found, stays = (
+        plan(settings, rank).forecast
+        for rank, settings in (of("config_DGXB200_FP4_1x8x1.sh", few), of("config_DGXB200_FP4_1x8x1.sh", few, FP4_HEAL_STEP=""))
+    )
+    assert found
+    assert stays
+    assert (stays.fp4_step_seconds, stays.healed_step_seconds) == (None, None)
+    assert found.fp4_step_seconds == stays.step_seconds
+    fp4, fp8 = found.fp4_step_seconds.middle, found.healed_step_seconds.middle
+    assert fp8 > 1.2 * fp4
+    steps = (stays.run_minutes.middle * 60 - stays.evaluations * stays.eval_seconds.middle) / fp4
+    healed = 350 * fp4 + HEAL_SECONDS + (steps - 350) * fp8 + found.evaluations * found.eval_seconds.middle
+    assert found.run_minutes.middle * 60 == pytest.approx(healed)
+
+
+def test_an_evaluation_of_whole_rows_waits_for_no_context_parallel_neighbour(few: Measured) -> None:
+    """CP8, TP1: with VAL_CP=1 nothing is exchanged, so the cluster adds stragglers alone to the measured evaluation."""
+    cut, whole = (
+        plan(settings, rank).forecast
+        for rank, settings in (of("config_GB200_18x4x1.sh", few), of("config_GB200_18x4x1.sh", few, VAL_CP="1"))
+    )
+    assert cut
+    assert whole
+    assert whole.step_seconds == cut.step_seconds
+    stragglers = 1 + FITTED.near_stragglers * math.log2(72)
+    assert whole.eval_seconds.middle == pytest.approx(1.3 * stragglers)
+    rounds = 20  # of 173 rows on 9 replicas
+    exchanged = rounds * FITTED.cp_layer_seconds * 80 / 2
+    assert cut.eval_seconds.middle == pytest.approx((1.3 + exchanged) * stragglers)
+
+
+def test_an_evaluation_of_whole_rows_is_that_of_a_config_without_context_parallelism(few: Measured) -> None:
+    whole, without = (plan(of("config_GB200_18x4x1.sh", few, **{name: "1"})[1]).forecast for name in ("VAL_CP", "CP"))
+    assert whole
+    assert without
+    assert whole.eval_seconds == without.eval_seconds

@@ -49,10 +49,12 @@ def levels(found: dict, level: str) -> list[str]:
 
 
 @pytest.mark.parametrize("config", sorted(ROOT.glob("config_*x*x*.sh")), ids=lambda path: path.name)
-def test_every_shipped_config_is_a_go(config: Path) -> None:
+def test_every_shipped_config_is_a_go_and_fits(config: Path) -> None:
     done = preflight(config)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith(f"{config.stem.removeprefix('config_')}: go")
+    small = config.name.startswith(("config_CPU", "config_GPU"))
+    assert re.findall(r"^ *total .* of [\d.]+: (\w+)$", done.stdout, flags=re.M) == ([] if small else ["fits"])
 
 
 def test_a_submitter_exported_before_is_known() -> None:

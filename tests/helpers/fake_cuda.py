@@ -1,4 +1,4 @@
-"""The CPU platform as a node of eight H100, so that a GPU's config can be built on it."""
+"""The CPU platform as a node of GPUs, so that a GPU's config can be built on it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from unittest.mock import patch
 
 import torch
 
-from llama2_lora.training.cpu import cpu_platform
+from llama2_lora.training.cpu import cpu_platform, device
 
 
 @contextmanager
-def fake_h100() -> Iterator[None]:
-    with cpu_platform(), patch.object(torch.cuda, "device_count", lambda: 8):
+def fake_gpus(capability: tuple[int, int] = device.HOPPER, count: int = 8) -> Iterator[None]:
+    with cpu_platform(capability), patch.object(torch.cuda, "device_count", lambda: count):
         yield

@@ -14,11 +14,11 @@ import numpy as np
 def main(checkpoint: Path, out: Path) -> None:
     import torch
 
-    from helpers.fake_cuda import fake_h100
+    from helpers.fake_cuda import fake_gpus
     from llama2_lora.weights.checkpoint import read_shape
 
     shape = read_shape(checkpoint)
-    with fake_h100():
+    with fake_gpus():
         from megatron.core import dist_checkpointing, parallel_state
         from nemo.collections import llm
 

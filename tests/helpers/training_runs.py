@@ -17,6 +17,7 @@ from helpers import ROOT
 from llama2_lora.data import packed
 
 SEQUENCE, VOCAB, TRAIN_ROWS, VALIDATION_ROWS = 32, 64, 40, 13  # 13 rows: no batch size divides them
+TOKEN = 5  # the only one of make_one_token_data
 TINY = dict(
     hidden_size=64,
     intermediate_size=128,
@@ -95,6 +96,33 @@ def make_data(folder: Path) -> None:
     packed.write_manifest(folder, SEQUENCE, VOCAB, "tests", "none")
 
 
+def make_one_token_data(folder: Path, sequence_length: int = SEQUENCE) -> None:
+    """TOKEN after TOKEN, for make_sure_model."""
+    folder.mkdir(exist_ok=True)
+    for name, rows in (("train.npy", TRAIN_ROWS), ("validation.npy", VALIDATION_ROWS)):
+        ids = np.full((rows, sequence_length), TOKEN, np.uint16)
+        mask = np.ones_like(ids, dtype=np.uint8)
+        if name == "validation.npy":  # no training row may be among them: another last token, which is not scored
+            ids[:, -1], mask[:, -2:] = TOKEN + 1, 0
+        packed.write_split(folder / name, ids, mask)
+    packed.write_manifest(folder, sequence_length, VOCAB, "tests", "none")
+
+
+def make_sure_model(folder: Path) -> None:
+    """A model that gives TOKEN after TOKEN a logit 6 above the other 63: a loss of ln(1 + 63 e^-6) = 0.145 from the start."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import LlamaForCausalLM
+
+    make_model(folder)
+    with torch.no_grad():
+        hidden = LlamaForCausalLM.from_pretrained(folder).model(torch.full((1, 4), TOKEN)).last_hidden_state[0, -1]
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"].zero_()
+    weights["lm_head.weight"][TOKEN] = 6 * hidden / hidden.dot(hidden)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
 def clean_environment(**variables: str) -> dict[str, str]:
     """This process's environment without what a launcher or config may have left in it."""
     keep = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV")}
@@ -111,6 +139,20 @@ def run_training(environment: dict[str, str], ranks: int = 1, timeout: float = 3
         text=True,
         timeout=timeout,
     )
+
+
+def run_worker(file: str, environment: Any, report: Path, **variables: str) -> tuple[str, Any]:
+    """Run a test file's own worker as the one rank of a world, on what train_here is to be given; its output and its report."""
+    launcher = {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    done = subprocess.run(
+        [sys.executable, file, json.dumps(environment), report],
+        env=clean_environment(PYTHONPATH=f"{ROOT}/src:{ROOT}/tests", MASTER_ADDR="127.0.0.1", **launcher, **variables),
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout, json.loads(report.read_text())
 
 
 def train_here(environment: dict[str, str], log: Any = None) -> bool:

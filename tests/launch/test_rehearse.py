@@ -37,6 +37,8 @@ def test_wrong_arguments_are_refused():
     for arguments, problem in (
         (["--txt", "/tmp"], "unknown argument --txt"),
         (["--text", "/nowhere"], "--text /nowhere: is not"),
+        (["--config", "/nowhere.sh"], "--config /nowhere.sh: is no file"),
+        (["--gpu", "--config", ROOT / "config_GB200_2x4x2.sh"], "is reduced to CPU ranks; leave out --gpu"),
     ):
         done = rehearse(*arguments)
         assert done.returncode == 2

@@ -5,43 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 
-from helpers.training_runs import SEQUENCE, TRAIN_ROWS, VALIDATION_ROWS, VOCAB, make_model
+from helpers.training_runs import make_one_token_data, make_sure_model
 from launch.jobs import ROOT, events, run_stops, values
-from llama2_lora.data import packed
 
 pytestmark = pytest.mark.slurm
-TOKEN = 5
-
-
-def make_one_token_data(folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    for name, rows in (("train.npy", TRAIN_ROWS), ("validation.npy", VALIDATION_ROWS)):
-        ids = np.full((rows, SEQUENCE), TOKEN, np.uint16)
-        mask = np.ones_like(ids, dtype=np.uint8)
-        if name == "validation.npy":  # no training row may be among them: another last token, which is not scored
-            ids[:, -1], mask[:, -2:] = TOKEN + 1, 0
-        packed.write_split(folder / name, ids, mask)
-    packed.write_manifest(folder, SEQUENCE, VOCAB, "tests", "none")
-
-
-def make_sure_model(folder: Path) -> None:
-    """A model that gives TOKEN after TOKEN a logit 6 above the other 63: a loss of ln(1 + 63 e^-6) = 0.145 from the start."""
-    import torch
-    from safetensors.torch import load_file, save_file
-    from transformers import LlamaForCausalLM
-
-    make_model(folder)
-    with torch.no_grad():
-        hidden = LlamaForCausalLM.from_pretrained(folder).model(torch.full((1, 4), TOKEN)).last_hidden_state[0, -1]
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"].zero_()
-    weights["lm_head.weight"][TOKEN] = 6 * hidden / hidden.dot(hidden)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 @pytest.fixture

@@ -5,11 +5,9 @@ One run on one rank with FP8 weights, watched at every station; what was seen is
 
 from __future__ import annotations
 
-import functools
 import gc
 import hashlib
 import json
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -20,8 +18,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from helpers import ROOT
-from helpers.training_runs import Tiny, clean_environment, events, free_port, train_here
+from helpers.on_the_clock import watch_compilation
+from helpers.training_runs import Tiny, events, free_port, run_worker, train_here
 
 LAYERS = 2
 
@@ -48,27 +46,6 @@ def worker(environment: dict[str, str], file: Path) -> None:
     with patch.object(loops, "dist", SimpleNamespace(get_backend=lambda: "nccl")):
         train_here(environment)
     file.write_text(json.dumps(report))
-
-
-def watch_compilation(report: dict[str, Any]) -> None:
-    """Graphs that torch.compile has made when the clock starts, and when it stops. It traces, and runs what it traced as it is:
-    the pretended device has no code generator, for which the CPU platform turns torch.compile off."""
-    from torch._dynamo.utils import counters
-
-    from llama2_lora.mlperf_log import MLPerfLog
-    from llama2_lora.training.cpu import device
-
-    torch.compile = functools.partial(torch.compile, backend="eager")  # before Megatron decorates its small fusions
-    stand_ins = device.stand_ins
-    device.stand_ins = lambda capability: (found for found in stand_ins(capability) if found[1] != "disable")
-    for name in ("run_start", "run_stop"):
-        event = getattr(MLPerfLog, name)
-
-        def counted(self: Any, *arguments: Any, name: str = name, event: Any = event) -> None:
-            report[f"graphs at {name}"] = counters["stats"]["unique_graphs"]
-            event(self, *arguments)
-
-        setattr(MLPerfLog, name, counted)
 
 
 def fp8_weights(module: torch.nn.Module) -> dict[str, Any]:
@@ -195,17 +172,8 @@ def ran(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict
     folder = tmp_path_factory.mktemp("fp8")
     changes = {"FP8": "1", "FP8_PARAMS": "1", "WARMUP_TRAIN_STEPS": "2", "WARMUP_VALIDATION_STEPS": "1"}
     environment = tiny.environment(folder, MASTER_PORT=free_port(), **changes)
-    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
     image = {"NVTE_FLASH_ATTN": "1", "NVTE_FUSED_ATTN": "0", "NVTE_UNFUSED_ATTN": "1"}  # what an image may set
-    done = subprocess.run(
-        [sys.executable, __file__, json.dumps(environment), folder / "report.json"],
-        env=clean_environment(PYTHONPATH=f"{ROOT}/src:{ROOT}/tests", MASTER_ADDR="127.0.0.1", **launcher, **image),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout, json.loads((folder / "report.json").read_text())
+    return run_worker(__file__, environment, folder / "report.json", **image)
 
 
 def test_the_run_is_one_in_fp8(ran: tuple[str, dict[str, Any]]) -> None:

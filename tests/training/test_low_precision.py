@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
+from safetensors.torch import load_file, save_file
+
+from helpers import ROOT
 from helpers.many_runs import Done, run_many
-from helpers.training_runs import Tiny, events
+from helpers.training_runs import Tiny, events, make_model
 
 STEPS = 10
 SHORT = {"MAX_STEPS": str(STEPS), "EVAL_EVERY_SEQUENCES": "40", "LORA_DROPOUT": "0", "MINIBS": "8"}
@@ -52,3 +58,20 @@ def test_precisions_differ_from_each_other(runs: dict[str, Done]) -> None:
 
 def test_fp8_userbuffers_change_nothing(two_ranks: dict[str, Done]) -> None:
     assert two_ranks["overlap"].losses() == two_ranks["plain"].losses()
+
+
+def test_first_gradients_that_delayed_scaling_rounds_to_zero_end_no_run(tiny: Tiny, tmp_path: Path) -> None:
+    """Its scale starts at 1, where E5M2 ends at 2**-17. An output layer of small weights makes such gradients; the 70B's loss,
+    a mean over 8,192 tokens, may too."""
+    make_model(tmp_path / "hf")
+    weights = load_file(tmp_path / "hf/model.safetensors")
+    weights["lm_head.weight"] *= 1e-4
+    save_file(weights, tmp_path / "hf/model.safetensors", {"format": "pt"})
+    convert = [sys.executable, ROOT / "scripts/convert_model.py", "--source", tmp_path / "hf"]
+    subprocess.run([*convert, "--output_path", tmp_path / "checkpoint"], check=True, capture_output=True)
+    faint = Tiny(tmp_path / "hf", tmp_path / "checkpoint", tiny.data)
+    one_micro_batch = FP8 | {"MINIBS": "2", "EVAL_EVERY_SEQUENCES": "10"}  # a second one of the step has a better scale
+    run = run_many(faint, tmp_path / "run", {"fp8": one_micro_batch}, 1, **SHORT)["fp8"]
+    of_qkv = [steps for name, steps in run.gradients(0).items() if "linear_qkv" in name and "linear_out" in name]
+    assert not any(steps[0].any() for steps in of_qkv)
+    assert all(step.any() for steps in of_qkv for step in steps[1:])

@@ -108,7 +108,8 @@ def test_the_rings_function_is_the_one_that_was_read() -> None:
     assert measure_ring.source_hash(getattr(module, measure_ring.NAME)) == measure_ring.SOURCE
 
 
-def test_ctrl_c_leaves_no_process_and_the_figures_so_far(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_no_process_and_the_figures_so_far(number: signal.Signals, status: int, tmp_path: Path) -> None:
     output = tmp_path / "m.json"
     command = [*map(str, COMMAND), str(ROOT / "config_CPU_1x2x4.sh"), "--steps", "100000", "--output", str(output)]
     with subprocess.Popen(
@@ -123,9 +124,9 @@ def test_ctrl_c_leaves_no_process_and_the_figures_so_far(tmp_path: Path) -> None
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline and not (output.is_file() and '"step_seconds": [\n' in output.read_text()):
             time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error[-3000:]
+    assert process.returncode == status, error[-3000:]
     assert "Traceback" not in error
     found = measured.read(output)
     assert found.passes[0].step_seconds

@@ -17,7 +17,7 @@ from llama2_lora.forecast.measured import Measured, beside
 from llama2_lora.forecast.memory import GB, Memory
 from llama2_lora.forecast.plan import Plan
 from llama2_lora.forecast.times import Times
-from llama2_lora.forecast.timing import HEAL_SEQUENCES, Interval
+from llama2_lora.forecast.timing import Interval
 
 Rows = list[tuple[str, str]]
 KERNELS, KERNEL_NAME = 12, 90  # of a measurement: how many are shown, and how much of a name
@@ -102,7 +102,7 @@ def _time_rows(times: Times, rates: Rates) -> Rows:
     rows.append(("job", interval(times.job_minutes, "min") + f" of WALLTIME {times.walltime_minutes:.0f} min"))
     if times.fp4_step_seconds and times.healed_step_seconds:
         two = f"FP4 {times.fp4_step_seconds.middle:.3g} s, then FP8 {times.healed_step_seconds.middle:.3g} s"
-        rows.append(("", f"{two}, from {HEAL_SEQUENCES:,} sequences on as published; the step above is their mean"))
+        rows.append(("", f"{two} from FP4_HEAL_STEP on; the step above is their mean"))
     run, job = times.gpu_hours()
     rows.append(("cost of a run", f"{cost(run.middle, rates)} ({run.low:.3g} to {run.high:.3g} GPU-hours)"))
     rows.append(("cost of the job", f"{cost(job.middle, rates)} ({job.low:.3g} to {job.high:.3g} GPU-hours)"))

@@ -120,6 +120,8 @@ class Work:
     offload: bool = False
     sequence_length: int = rules.SEQUENCE_LENGTH
     generation: str = NEWEST  # of the software
+    evaluation_cp: int | None = None  # CP of an evaluation where it is another one (VAL_CP)
+    heal_sequences: float = HEAL_SEQUENCES  # after which a run in FP4 goes over to FP8
     shape: LlamaShape = field(default=LLAMA2_70B, repr=False)
 
     @classmethod
@@ -137,6 +139,8 @@ class Work:
             offload=settings.performance.offload_layers > 0,
             sequence_length=settings.batch.sequence_length,
             generation=generation,
+            evaluation_cp=settings.parallel.validation_cp,
+            heal_sequences=math.inf if p.fp4_heal_step is None else p.fp4_heal_step * settings.global_batch_size,
         )
 
     @property
@@ -144,8 +148,17 @@ class Work:
         return self.gpus // (self.tp * self.pp * self.cp)
 
     @property
+    def evaluating(self) -> Work:
+        """The same in the evaluation's layout."""
+        return replace(self, cp=self.evaluation_cp or self.cp)
+
+    @property
     def gbs(self) -> int:
         return self.minibs * self.replicas
+
+    @property
+    def heals(self) -> bool:
+        return self.precision == "fp4" and self.heal_sequences < math.inf
 
     @property
     def kind(self) -> str:
@@ -211,18 +224,21 @@ def healed(work: Work) -> Work:
 
 def training_seconds(work: Work, sequences: float, constants: Constants = FITTED) -> float:
     """All steps of a run of `sequences`, evaluation left out."""
+    return _both_phases(work, sequences, step_seconds(work, constants), HEALED_SLOWDOWN * step_seconds(healed(work), constants))
+
+
+def _both_phases(work: Work, sequences: float, step: float, healed_step: float) -> float:
+    """Seconds of all steps: a run in FP4 that goes over to FP8 pauses for it."""
     steps = sequences / work.gbs
-    if work.precision != "fp4":
-        return steps * step_seconds(work, constants)
-    before = min(steps, HEAL_SEQUENCES / work.gbs)
-    if before == steps:
-        return steps * step_seconds(work, constants)
-    after = HEALED_SLOWDOWN * step_seconds(healed(work), constants)
-    return before * step_seconds(work, constants) + HEAL_SECONDS + (steps - before) * after
+    before = work.heal_sequences / work.gbs
+    if not work.heals or before >= steps:
+        return steps * step
+    return before * step + HEAL_SECONDS + (steps - before) * healed_step
 
 
 def eval_seconds(work: Work, constants: Constants = FITTED) -> float:
     """One evaluation of all 173 sequences, forward only."""
+    work = work.evaluating
     linear, attention = forward_flop(work.shape, work.sequence_length)
     trained = linear * (1 + BACKWARD) + attention * (1 + ATTENTION_BACKWARD)
     forward = _micro_batch_seconds(replace(work, recompute=False), constants) * (linear + attention) / trained
@@ -253,21 +269,27 @@ def forecast(work: Work, sequences: float, evaluations: float, spread: float = 0
         "eval_seconds": Interval.around(evaluation, max(error, EVAL_ERROR)),
         "run_minutes": Interval.around(minutes, math.hypot(error, spread)),
     }
-    if work.precision == "fp4":
+    if work.heals:
         found["fp4_step_seconds"] = Interval.around(step_seconds(work), error)
         found["healed_step_seconds"] = Interval.around(HEALED_SLOWDOWN * step_seconds(healed(work)), UNSEEN_ERROR)
     return found
 
 
 def forecast_of_rank(work: Work, sequences: float, evaluations: float, spread: float, rank: Measured) -> dict[str, Interval]:
-    """The same, of a rank that was measured alone; in FP4 as if the run never healed."""
+    """The same, of a rank that was measured alone; in FP4 it was before healing, so a healed step is as much slower as of
+    the fit."""
     step, evaluation = with_neighbours(work, rank.step_seconds, rank.eval_seconds)
-    minutes = (sequences / work.gbs * step + evaluations * evaluation) / 60
-    return {
-        "step_seconds": Interval.around(step, MEASURED_ERROR),
+    healed_step = step * HEALED_SLOWDOWN * step_seconds(healed(work)) / step_seconds(work)
+    training = _both_phases(work, sequences, step, healed_step)
+    found = {
+        "step_seconds": Interval.around(training * work.gbs / sequences, MEASURED_ERROR),
         "eval_seconds": Interval.around(evaluation, EVAL_ERROR if rank.eval_seconds is None else MEASURED_ERROR),
-        "run_minutes": Interval.around(minutes, math.hypot(MEASURED_ERROR, spread)),
+        "run_minutes": Interval.around((training + evaluations * evaluation) / 60, math.hypot(MEASURED_ERROR, spread)),
     }
+    if work.heals:
+        found["fp4_step_seconds"] = Interval.around(step, MEASURED_ERROR)
+        found["healed_step_seconds"] = Interval.around(healed_step, UNSEEN_ERROR)
+    return found
 
 
 def with_neighbours(work: Work, step: float, evaluation: float | None) -> tuple[float, float]:
@@ -280,7 +302,8 @@ def with_neighbours(work: Work, step: float, evaluation: float | None) -> tuple[
     whole = (step + work.minibs * exposed) * bubble * slower
     if evaluation is None:
         return whole, eval_seconds(work)
-    rounds = math.ceil(rules.EVAL_SEQUENCES / work.replicas)
+    alone = work.evaluating
+    rounds, exposed = math.ceil(rules.EVAL_SEQUENCES / alone.replicas), _communication_seconds(alone, FITTED) / work.pp
     return whole, (evaluation + rounds * exposed / 2) * slower  # half of the collectives are the backward's
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -22,7 +22,9 @@ from mlperf_logging.mllog import constants
 from llama2_lora.config.settings import Settings
 from llama2_lora.mlperf_log import MLPerfLog, submission_values
 from llama2_lora.training.adapter import SeededLoRA, adapter_weights
-from llama2_lora.training.warmup import WarmUp
+
+if TYPE_CHECKING:
+    from llama2_lora.training.warmup import WarmUp  # which warms up what healing.py switches to, which logs precisions()
 
 
 class NonFiniteLoss(RuntimeError):
@@ -56,7 +58,7 @@ class MLPerfCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step == 1:
+        if step == 2:
             refuse_untrained(trainer.strategy.megatron_parallel)
         if step % self.settings.performance.log_every_steps == 0:
             # A read waits for the GPU, so the steps between have none: the host enqueues the next one meanwhile. What was
@@ -122,7 +124,11 @@ class NoGradient(RuntimeError):
 
 
 def refuse_untrained(model: torch.nn.Module) -> None:
-    """Raise NoGradient after the first step where some B got none. A has none yet: B starts at zero."""
+    """Raise NoGradient where some B got none in the last step. A may have none yet: B starts at zero.
+
+    Not after the first step: FP8's delayed scaling starts with a scale of 1, at which all of a layer's gradients below 2**-17
+    are zero in E5M2, and learns a better one in it.
+    """
     weights = [(name, weight) for name, weight in adapter_weights(model) if name.endswith("linear_out.weight")]
     if not weights:
         return

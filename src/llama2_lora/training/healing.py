@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +13,8 @@ from megatron.core.fp8_utils import get_fp8_recipe
 from mlperf_logging.mllog import constants
 from transformer_engine.common.recipe import Recipe
 from transformer_engine.pytorch import fp8_model_init
+from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 from transformer_engine.pytorch.tensor.nvfp4_tensor import NVFP4Tensor
 
 from llama2_lora.config.settings import Settings
@@ -49,6 +53,33 @@ def switch_to_fp8(model: torch.nn.Module, fp8_format: str) -> None:
     for module in model.modules():
         if isinstance(getattr(module, "weight", None), NVFP4Tensor):
             requantize(module, get_fp8_recipe(module.config))
+
+
+@contextmanager
+def switched_for_now(model: torch.nn.Module, fp8_format: str) -> Iterator[None]:
+    """Inside, `model` is as switch_to_fp8 leaves it; afterwards as before, with the weights and quantizers that it had."""
+    with _kept(model):
+        switch_to_fp8(model, fp8_format)
+        try:
+            yield
+        finally:
+            FP8GlobalStateManager.reset()  # it lists every amax history that it has met, and would go on reducing them
+
+
+@contextmanager
+def _kept(model: torch.nn.Module) -> Iterator[None]:
+    """What the switch changes, put back: attributes of the configs and of Transformer Engine's layers, among them dictionaries
+    of parameters, quantizers and copies of weights."""
+    owners = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
+    owners += [module for module in model.modules() if isinstance(module, TransformerEngineBaseModule)]
+    states = [(owner, dict(vars(owner))) for owner in owners]
+    dicts = [(value, dict(value)) for _, state in states for value in state.values() if isinstance(value, dict)]
+    try:
+        yield
+    finally:
+        for value, items in [*((vars(owner), state) for owner, state in states), *dicts]:
+            value.clear()
+            value.update(items)
 
 
 def requantize(module: torch.nn.Module, recipe: Recipe) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from megatron.core.transformer.transformer_block import TransformerBlock
 from nemo.lightning.data import WrappedDataLoader
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -22,7 +20,7 @@ from llama2_lora.training.data import Sampler, synthetic_batches
 from llama2_lora.training.measure_memory import kept_for_backward, memory_items
 from llama2_lora.training.measure_ring import echoing_ring
 from llama2_lora.training.run import no_garbage_collection, quiet_libraries, unset_attention_choices
-from llama2_lora.training.warmup import _train_step, _validation_step, warm_up
+from llama2_lora.training.warmup import _train_step, _validation_step, block_of, first_layers, warm_up
 
 SEED = 1
 WEIGHT_STD = 0.02  # of frozen FP8 weights: about what Llama-2's are
@@ -77,7 +75,7 @@ class Passes(pl.Callback):
         started = time.perf_counter()
         warm_up(trainer, self.settings)
         self.found.warmup_seconds = time.perf_counter() - started
-        block = next(m for m in trainer.strategy.megatron_parallel.modules() if isinstance(m, TransformerBlock))
+        block = block_of(trainer.strategy.megatron_parallel)
         layers = len(block.layers)
         gpu = self.settings.system.platform == "gpu"
         if gpu:
@@ -148,17 +146,6 @@ def fill_fp8_weights(model: torch.nn.Module) -> None:
         for weight in model.parameters():
             if hasattr(weight, "_quantizer"):
                 weight.copy_(torch.randn(weight.shape, device="cuda", dtype=torch.bfloat16) * WEIGHT_STD)
-
-
-@contextmanager
-def first_layers(block: TransformerBlock, count: int) -> Iterator[None]:
-    """The block without its later layers."""
-    layers, whole = block.layers, block.num_layers_per_pipeline_rank
-    block.layers, block.num_layers_per_pipeline_rank = layers[:count], count
-    try:
-        yield
-    finally:
-        block.layers, block.num_layers_per_pipeline_rank = layers, whole
 
 
 def _timed(work: Callable[[], None]) -> float:

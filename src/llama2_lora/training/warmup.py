@@ -12,9 +12,15 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.transformer_block import TransformerBlock
 
 from llama2_lora.config.settings import Settings
 from llama2_lora.training.data import Sampler, synthetic_batches
+from llama2_lora.training.healing import switched_for_now
+
+# Of the layers, those that are warmed up in FP8 too, since weights in FP4 and FP8 of all would not fit: kernels and shapes are
+# alike in all but the first one, whose input asks for no gradient.
+HEALED_LAYERS = 2
 
 
 class WarmUp(pl.Callback):
@@ -33,15 +39,40 @@ class WarmUp(pl.Callback):
 
 
 def warm_up(trainer: pl.Trainer, settings: Settings) -> None:
-    """WARMUP_TRAIN_STEPS optimizer steps and WARMUP_VALIDATION_STEPS forward passes on random tokens."""
+    """WARMUP_TRAIN_STEPS optimizer steps and WARMUP_VALIDATION_STEPS forward passes on random tokens; with FP4_HEAL_STEP as
+    many again as they run after the switch."""
+    model, p = trainer.strategy.megatron_parallel, settings.precision
+    with preserved_state(trainer):
+        _steps(trainer, settings)
+        if p.fp4_heal_step is not None:
+            with first_layers(block_of(model), HEALED_LAYERS), switched_for_now(model, p.fp8_format):
+                _steps(trainer, settings)
+
+
+def _steps(trainer: pl.Trainer, settings: Settings) -> None:
     performance, batch = settings.performance, settings.batch
     vocab_size = trainer.datamodule.vocab_size
-    with preserved_state(trainer):
-        for _ in range(performance.warmup_train_steps):
-            _train_step(trainer, synthetic_batches(settings, vocab_size, batch.micro))
-        with _single_batch_evaluation(trainer.datamodule.data_sampler):
-            for _ in range(performance.warmup_validation_steps):
-                _validation_step(trainer, synthetic_batches(settings, vocab_size, batch.validation_micro))
+    for _ in range(performance.warmup_train_steps):
+        _train_step(trainer, synthetic_batches(settings, vocab_size, batch.micro))
+    with _single_batch_evaluation(trainer.datamodule.data_sampler):
+        for _ in range(performance.warmup_validation_steps):
+            _validation_step(trainer, synthetic_batches(settings, vocab_size, batch.validation_micro))
+
+
+def block_of(model: torch.nn.Module) -> TransformerBlock:
+    """This rank's layers."""
+    return next(module for module in model.modules() if isinstance(module, TransformerBlock))
+
+
+@contextmanager
+def first_layers(block: TransformerBlock, count: int) -> Iterator[None]:
+    """The block without its later layers."""
+    layers, whole = block.layers, block.num_layers_per_pipeline_rank
+    block.layers, block.num_layers_per_pipeline_rank = layers[:count], min(count, whole)
+    try:
+        yield
+    finally:
+        block.layers, block.num_layers_per_pipeline_rank = layers, whole
 
 
 @contextmanager
