@@ -73,7 +73,6 @@ def worker(report: Path) -> None:
     found = {}
     with cpu_platform():
         from megatron.core import parallel_state
-        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
         from transformer_engine.pytorch.module import initialize_ub
 
         from llama2_lora.config.settings import Settings
@@ -81,7 +80,6 @@ def worker(report: Path) -> None:
 
         torch.distributed.init_process_group("gloo")
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=TP)
-        model_parallel_cuda_manual_seed(1)
         buffers = {name: buffer for name, buffer in asdict(userbuffers(Settings.from_env(VALID))).items() if buffer}
         initialize_ub([S, H], TP, ub_cfgs=buffers, bootstrap_backend="gloo")
         for mix in [None, *itertools.product((False, True), repeat=len(FLAGS))]:
@@ -95,9 +93,11 @@ def gradients(flags: dict[str, bool]) -> np.ndarray:
     """Of the layer's input, then of the four adapter matrices, one after the other: linear_qkv, part of it, linear_proj."""
     import torch
     from megatron.core.pipeline_parallel.schedules import custom_backward  # what Megatron's training steps call
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     from llama2_lora.training.adapter import SeededLoRA
 
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)  # the layers'
     torch.manual_seed(torch.distributed.get_rank())
     lora = SeededLoRA(seed=1, rank=4, alpha=8, dropout=0.0)
     qkv, proj = (lora.transform(layer, name, "decoder.layers.0.self_attention") for name, layer in frozen_layers(flags))
