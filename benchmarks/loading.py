@@ -28,9 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src")]
 
 from llama2_lora.config import rules  # noqa: E402
-from llama2_lora.data import inspection, packed, prepare  # noqa: E402
+from llama2_lora.data import inspection, packed  # noqa: E402
+from llama2_lora.llama2 import LLAMA2_70B  # noqa: E402
 
-S, VOCAB = rules.SEQUENCE_LENGTH, prepare.VOCAB_SIZE
+S, VOCAB = rules.SEQUENCE_LENGTH, LLAMA2_70B.vocab
 
 
 class Cost(NamedTuple):

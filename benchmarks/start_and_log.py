@@ -7,8 +7,8 @@ Start: `src/train.py` against NeMo's `llm.finetune` (its recipes' trainer, logge
 small Llama restored from the same checkpoint, GBS 8, both on the CPU's Transformer Engine, by turns, the best run counts. Ours
 also checks settings, data and checkpoint, and writes the log up to the first loss; NeMo's data are made up in memory.
 
-Callback: its hook of a step is timed inside a real run that logs every step, or every tenth (the default). The limit is 1% of the
-0.17 s that the shortest forecast step takes. On a GPU a logged step also waits for the loss; that is not in the figure.
+Callback: its hook of a step is timed inside a real run that logs every step, or every tenth (the default). The limit is 1%
+of 0.17 s, the shortest step that is forecast. On a GPU a logged step also waits for the loss; that is not in the figure.
 """
 
 from __future__ import annotations
@@ -113,11 +113,10 @@ def nemo_finetune(folder: Path) -> None:
         )
         optimizer = distributed_fused_adam_with_cosine_annealing(max_lr=1e-4, warmup_steps=0)
         optimizer.config.bf16, optimizer.config.use_precision_aware_optimizer = False, False
+        data = llm.MockDataModule(shape.max_positions, tokenizer, 2, 8, num_train_samples=64, num_workers=0, pin_memory=False)
         llm.finetune(
             model=llm.LlamaModel(config, tokenizer=tokenizer),
-            data=llm.MockDataModule(
-                shape.max_positions, tokenizer, 2, 8, num_train_samples=64, num_workers=0, pin_memory=False
-            ),
+            data=data,
             trainer=nl.Trainer(
                 accelerator="cpu",
                 devices=1,
@@ -182,9 +181,11 @@ def main() -> None:
     parser.add_argument("--log_every", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.nemo:
-        return nemo_finetune(arguments.nemo)
+        nemo_finetune(arguments.nemo)
+        return
     if arguments.hooks:
-        return timed_hooks(arguments.hooks, arguments.steps, arguments.log_every)
+        timed_hooks(arguments.hooks, arguments.steps, arguments.log_every)
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(folder)
