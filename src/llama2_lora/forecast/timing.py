@@ -212,7 +212,7 @@ def step_seconds_with_our_adapter(work: Work) -> float:
     """An estimate, since the published runs that were fitted moved more for their adapter, under sequence parallelism.
 
     NeMo's linear_qkv hands its gathered input to the adapter, so nothing overlaps that gather; training/low_rank.py gathers
-    [S, r]. The saving is this gather's part of the TP time; [S, r] itself, r / h = 0.2% of it, is left out.
+    [S, r]. The saving is this gather's part of the TP time; what either moves beyond it, below 2% of it, is left out.
     """
     kept = 1 - ADAPTER_COLLECTIVES / TP_COLLECTIVES
     return step_seconds(work, replace(FITTED, tp_exposed=kept * FITTED.tp_exposed))
