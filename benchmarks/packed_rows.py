@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from llama2_lora.config import rules
 from llama2_lora.data import packed, prepare
+from llama2_lora.llama2 import LLAMA2_70B
 
 ROWS = {"train": rules.TRAIN_SEQUENCES, "validation": rules.EVAL_SEQUENCES}
 S = rules.SEQUENCE_LENGTH
@@ -130,7 +131,7 @@ def plain_open(folder: Path) -> None:
 
 def our_open(folder: Path) -> None:
     for split, rows in ROWS.items():
-        packed.open_split(folder / "ours" / f"{split}.npy", S, prepare.VOCAB_SIZE, rows)[0]["input_ids"]
+        packed.open_split(folder / "ours" / f"{split}.npy", S, LLAMA2_70B.vocab, rows)[0]["input_ids"]
 
 
 def our_map(folder: Path) -> None:

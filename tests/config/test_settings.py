@@ -38,6 +38,9 @@ def test_wrong_values_are_reported_together() -> None:
     ]
 
 
+UB = {"SP": "1", "TP_COMM_OVERLAP": "1"}
+
+
 @pytest.mark.parametrize(
     ("changes", "starts"),
     [
@@ -46,6 +49,9 @@ def test_wrong_values_are_reported_together() -> None:
         ({"DGXNNODES": "3", "DGXSYSTEM": "X_3x8x4", "TP": "3"}, "TP=3: must divide DGXNGPU=8"),
         ({"TP": "1", "SP": "1"}, "SP=1: needs TP > 1"),
         ({"TP_COMM_OVERLAP": "1"}, "TP_COMM_OVERLAP=1: needs SP=1"),
+        (UB | {"FP4": "1", "ACCELERATOR": "B200"}, "TP_COMM_OVERLAP=1: contradicts FP4=1"),
+        (UB | {"FP8": "1", "FP8_RECIPE": "blockwise"}, "TP_COMM_OVERLAP=1: contradicts FP8_RECIPE=blockwise"),
+        (UB | {"FP8": "1", "FP8_RECIPE": "tensorwise", "BF16_LAST_LAYERS": "1"}, "TP_COMM_OVERLAP=1: contradicts BF16_FIRST"),
         ({"FP4_HEAL_STEP": "350"}, "FP4_HEAL_STEP=350: needs FP4=1"),
         ({"FP4": "1", "ACCELERATOR": "B200", "FP4_HEAL_STEP": "800"}, "FP4_HEAL_STEP=800: must be below MAX_STEPS=800"),
         ({"TP": "1", "CP": "4", "VAL_CP": "2"}, "VAL_CP=2: must be 1 or CP=4"),

@@ -49,6 +49,37 @@ def test_blackwell_needs_no_transposes_and_fp4_keeps_bf16() -> None:
     assert gigabytes(fp4, "FP4 copies") == pytest.approx(68.451 * 2 * (1 / 2 + 1 / 16), abs=0.1)
 
 
+def test_userbuffers_are_twelve_of_which_eight_are_used() -> None:
+    """TP 4 on 8,192 x 8,192 = 67.109e6 elements. Gathers: 4 used, 2 not, FP8 or bf16. bf16: 2 pipelined, 2 rings of 7 pieces
+    for 4, 2 unused."""
+    element = 67.108864e-3
+    fp8, bf16 = (account("H100", 1, 8, 4, **(H100_TP4 | {"FP8": on, "FP8_PARAMS": on})) for on in ("1", "0"))
+    assert gigabytes(fp8, "userbuffers") == pytest.approx((6 * 1 + 2 * (2 + 2 * 7 / 4 + 2)) * element, rel=1e-6)
+    assert gigabytes(bf16, "userbuffers") == pytest.approx((6 * 2 + 2 * (2 + 2 * 7 / 4 + 2)) * element, rel=1e-6)
+    assert gigabytes(account("H100", 1, 8, 4, **(H100_TP4 | {"TP_COMM_OVERLAP": "0"})), "userbuffers") == 0
+
+
+def test_transformer_engines_cross_entropy_keeps_the_logits_alone() -> None:
+    """8,192 tokens x 32,000 words = 262.144e6: 12 bytes by Megatron's, 2 where the gradient overwrites the logits."""
+    native, te = (account("B200", 1, 8, 1, **FP8, CROSS_ENTROPY=name) for name in ("native", "te"))
+    assert gigabytes(native, "logits") == pytest.approx(12 * 0.262144)
+    assert gigabytes(te, "logits") == pytest.approx(2 * 0.262144)
+    assert te.total < native.total
+
+
+def test_layers_in_bf16_have_no_copies() -> None:
+    """A layer has 8192 * (10,240 + 8,192 + 3 * 28,672) = 855,638,016 linear weights; 3 of 80 layers stay bf16."""
+    some = {"BF16_FIRST_LAYERS": "2", "BF16_LAST_LAYERS": "1"}
+    a_layer = 0.855638016
+    fp8 = account("B200", 1, 8, 2, CP="2", FP8="1", FP8_RECIPE="tensorwise", **some)
+    assert gigabytes(fp8, "linear weights (bf16)") == pytest.approx(2 * 80 * a_layer)
+    assert gigabytes(fp8, "FP8 copies") == pytest.approx(77 * a_layer)
+    fp4 = account("B200", 1, 8, 2, CP="2", FP4="1", **some)
+    assert gigabytes(fp4, "FP4 copies") == pytest.approx(77 * a_layer * 2 * (1 / 2 + 1 / 16))
+    stages = account("B200", 1, 8, 2, PP="2", CP="2", FP8="1", FP8_RECIPE="tensorwise", **some)
+    assert gigabytes(stages, "FP8 copies") == pytest.approx(38 * a_layer)  # the first of two has 40 layers, 2 of them bf16
+
+
 def test_adapter_and_its_sharded_optimizer_state() -> None:
     found = account("H100", 8, 8, 2, TP="4", CP="2", SP="1", **FP8)
     # 80 * 16 * (8192 + 8192 whole + (10240 + 8192) / TP 4) = 26,869,760 a GPU

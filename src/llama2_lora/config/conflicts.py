@@ -221,6 +221,20 @@ def overlap_has_one_buffer_size(s: Settings) -> str | None:
     return None
 
 
+@rule
+def overlap_has_one_kind_of_buffer(s: Settings) -> str | None:
+    p = s.precision
+    asked = {
+        "FP4=1": p.fp4,
+        "FP8_RECIPE=blockwise": p.fp8 and p.fp8_recipe == "blockwise",
+        "BF16_FIRST_LAYERS and BF16_LAST_LAYERS": p.first_bf16_layers + p.last_bf16_layers > 0,
+    }
+    if not s.performance.tp_comm_overlap or not any(asked.values()):
+        return None
+    name = next(name for name, on in asked.items() if on)
+    return f"TP_COMM_OVERLAP=1: contradicts {name}: userbuffers hold bf16 or one FP8 tensor a layer; set TP_COMM_OVERLAP=0"
+
+
 # ---- Precision -------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ its backward; the working set and the libraries are estimates. Sources, by the l
     base changes: no weight gradient is computed, so the inputs of the four linear layers are not kept.
 [T] Transformer Engine 2.9: module/linear.py, tensor/storage/float8_tensor_storage.py (`update_usage` makes the transpose of
     an FP8 weight in the first forward and keeps it, where GEMMs take one layout only: Hopper).
+    module/base.py, comm_gemm_overlap.cpp, triton/cross_entropy.py.
 [M] Megatron Core 0.15: distrib_optimizer.py, fused_bias_swiglu.py, cross_entropy.py, transformer_block.py.
 [A] training/low_rank.py: the adapter reads what its frozen layer keeps anyway, and keeps [s, r]; dropout masks are drawn again.
 [E] An estimate.
@@ -31,7 +32,6 @@ FP4_SCALES = 1 / 16  # NVFP4: a byte per 16 values
 
 CONTEXT_GB = 0.7  # [E] CUDA context, cuBLAS and cuDNN handles and workspaces
 NCCL_GB_PER_GROUP = 0.4  # [E] channel buffers of one communicator
-USERBUFFERS = 8  # forward and backward of qkv, proj, fc1 and fc2
 TIGHT = 0.95  # an account is not better than that
 ALLOCATOR_SLACK = 0.02  # [E] of what torch allocates, with expandable segments
 
@@ -123,26 +123,33 @@ def linear_parameters(shape: LlamaShape) -> int:
 def _weights(settings: Settings, shape: LlamaShape, accelerator: Accelerator, software: Software) -> list[Item]:
     p, layout = settings.precision, settings.parallel
     linear = linear_parameters(shape) / (layout.tp * layout.pp)
+    quantized = linear * (1 - _bf16_layers(settings) * layout.pp / shape.layers)
     outside = shape.vocab * shape.hidden * (1 if layout.pp > 1 or shape.tied else 2) / layout.tp
     norms = shape.hidden * (2 * shape.layers / layout.pp + 1)
     found = [Item("embedding, output layer, norms (bf16)", BF16 * (outside + norms), "M")]
-    if not (p.fp8_weights or p.fp4_weights or (p.fp4 and not software.keeps_bf16_beside_fp4)):
-        found.append(Item("linear weights (bf16)", BF16 * linear, "M"))
+    all_quantized = p.fp8_weights or p.fp4_weights or (p.fp4 and not software.keeps_bf16_beside_fp4)
+    found.append(Item("linear weights (bf16)", BF16 * (linear - quantized if all_quantized else linear), "M"))
     if p.fp4:
         what = "linear weights (FP4)" if p.fp4_weights else "FP4 copies"
-        found.append(Item(f"{what}, both directions", 2 * (FP4 + FP4_SCALES) * linear, "T"))
+        found.append(Item(f"{what}, both directions", 2 * (FP4 + FP4_SCALES) * quantized, "T"))
         if p.fp4_heal_step and p.fp8_recipe == "mxfp8":  # of the other recipes' there is less than of the FP4 ones, which go
             more = 2 * (FP8 + BLOCK_SCALES) - 2 * (FP4 + FP4_SCALES)
-            found.append(Item("FP8 weights after the switch, beyond FP4's", more * linear, "T"))
+            found.append(Item("FP8 weights after the switch, beyond FP4's", more * quantized, "T"))
     if p.fp8:
         blocks = BLOCK_SCALES if p.fp8_recipe == "mxfp8" else 0.0
         what = "linear weights (FP8)" if p.fp8_weights else "FP8 copies of the weights"
-        found.append(Item(what, (FP8 + blocks) * linear, "T"))
+        found.append(Item(what, (FP8 + blocks) * quantized, "T"))
         if p.fp8_recipe == "mxfp8":  # its scales run along one axis, so each direction has its own copy
-            found.append(Item("FP8 copies for the backward", (FP8 + blocks) * linear, "T"))
+            found.append(Item("FP8 copies for the backward", (FP8 + blocks) * quantized, "T"))
         elif accelerator.needs_fp8_transposes and (software.keeps_transposes or not p.fp8_weights):
-            found.append(Item("FP8 transposes for the backward", FP8 * linear, "T"))
+            found.append(Item("FP8 transposes for the backward", FP8 * quantized, "T"))
     return found
+
+
+def _bf16_layers(settings: Settings) -> int:
+    """Layers of the first stage that BF16_FIRST_LAYERS and BF16_LAST_LAYERS keep out of FP8 and FP4."""
+    p = settings.precision
+    return p.first_bf16_layers + (p.last_bf16_layers if settings.parallel.pp == 1 else 0)
 
 
 def _adapter(settings: Settings, shape: LlamaShape) -> list[Item]:
@@ -210,8 +217,10 @@ def _activations(settings: Settings, shape: LlamaShape, software: Software) -> l
 
 
 def _logits(settings: Settings, shape: LlamaShape, tokens: float) -> Item:
-    """bf16 logits, their fp32 copy, the softmax kept for the backward, and the bf16 gradient."""
-    return Item("logits and cross entropy", (2 * BF16 + 2 * FP32) * tokens * shape.vocab / settings.parallel.tp, "M")
+    """Megatron: bf16 logits, their fp32 copy, the softmax kept for the backward, and the bf16 gradient. Transformer Engine's
+    kernel: the bf16 logits, which their gradient overwrites in the forward."""
+    each, source = (BF16, "T") if settings.kernels.cross_entropy == "te" else (2 * BF16 + 2 * FP32, "M")
+    return Item("logits and cross entropy", each * tokens * shape.vocab / settings.parallel.tp, source)
 
 
 def _working_set(settings: Settings, shape: LlamaShape, tokens: float) -> Item:
@@ -246,12 +255,21 @@ def _libraries(settings: Settings, shape: LlamaShape) -> list[Item]:
     dp = settings.data_parallel_size
     groups = 1 + sum(size > 1 for size in (layout.tp, layout.pp, layout.cp, dp, dp * layout.cp))
     tokens = settings.batch.sequence_length / layout.cp * settings.batch.micro
-    buffers = USERBUFFERS * BF16 * tokens * shape.hidden if settings.performance.tp_comm_overlap else 0.0
+    buffers = _userbuffers(settings) * tokens * shape.hidden if settings.performance.tp_comm_overlap else 0.0
     return [
         Item("userbuffers", buffers, "T"),
         Item(f"NCCL, {groups} communicators", groups * NCCL_GB_PER_GROUP * 1e9, "E"),
         Item("CUDA context and libraries", CONTEXT_GB * 1e9, "E"),
     ]
+
+
+def _userbuffers(settings: Settings) -> float:
+    """Bytes per token and feature of the buffers of training/overlap.py, which all layers share."""
+    gathered = FP8 if settings.precision.fp8 else BF16
+    t = settings.parallel.tp
+    ring = BF16 * (2 * t - 1) / t  # a ring that sums has 2 t - 1 pieces for t
+    used = 4 * gathered + 2 * BF16 + 2 * ring  # four gathers, two pipelined reduce-scatters, two in a ring
+    return used + 2 * BF16 + 2 * gathered  # and four of weight gradients, which nobody uses
 
 
 def what_would_fit(settings: Settings, shape: LlamaShape, accelerator: Accelerator) -> str | None:

@@ -97,6 +97,8 @@ def _time_rows(times: Times, rates: Rates) -> Rows:
         return f"{value.middle:.3g} {unit} ({value.low:.3g} to {value.high:.3g})"
 
     rows = [("step", interval(times.step_seconds, "s") + f", {times.samples_per_second:.3g} samples/s")]
+    if times.our_step_seconds:
+        rows.append(("", f"as published; with this adapter, which moves less, {times.our_step_seconds:.2f} s: an estimate"))
     rows.append(("evaluation", interval(times.eval_seconds, "s") + f", {times.evaluations:.1f} a run"))
     rows.append(("run", interval(times.run_minutes, "min")))
     rows.append(("job", interval(times.job_minutes, "min") + f" of WALLTIME {times.walltime_minutes:.0f} min"))

@@ -30,8 +30,8 @@ INTRODUCTION = f"""# Configs
 A config's name says system, nodes, GPUs per node and MINIBS (sequences of one replica per step); GBS is MINIBS times the
 replicas. `source` it, then `sbatch -N "$DGXNNODES" -t "$WALLTIME" run.sub`. Memory is counted and time is forecast for this
 software (`scripts/preflight.py CONFIG` shows the account); published times are other software's, on as many of the same part
-at the same GBS. No time on this page was measured with this software. `scripts/rehearse.sh --config CONFIG` trains a few steps
-of any of them on two or four CPU ranks.
+at the same GBS. No time on this page was measured with this software, and none has what this adapter may save
+([forecast.md](forecast.md)). `scripts/rehearse.sh --config CONFIG` trains a few steps of any of them on two or four CPU ranks.
 
 | config | GBS | layout | precision | LR | steps | memory, GB | step, s | run, min | published, min |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -8,7 +8,7 @@ from llama2_lora.config.settings import Settings
 from llama2_lora.config.values import walltime_minutes
 from llama2_lora.forecast import measured
 from llama2_lora.forecast.generations import of_this_stack
-from llama2_lora.forecast.timing import Interval, Work, forecast, forecast_of_rank
+from llama2_lora.forecast.timing import Interval, Work, forecast, forecast_of_rank, step_seconds_with_our_adapter
 from llama2_lora.gpus import Accelerator
 
 # Published v4.1 and v5.0 entries: 0.5 to 6.8 minutes, median 1.5 (benchmarks/published_results.csv).
@@ -34,6 +34,7 @@ class Times:
     measured: str = ""  # the GPU on which one rank was measured; empty: a forecast from the fit alone
     fp4_step_seconds: Interval | None = None  # the two phases of a run in FP4
     healed_step_seconds: Interval | None = None
+    our_step_seconds: float | None = None  # estimated with this project's adapter, where it moves less than the published one
 
     def gpu_hours(self) -> tuple[Interval, Interval]:
         """Of one run with its initialization, and of the job."""
@@ -52,8 +53,10 @@ def times_of(settings: Settings, part: Accelerator, steps: float, spread: float,
     run_of = (work, steps * gbs, evaluations, spread)
     found = forecast(*run_of) if rank is None else forecast_of_rank(*run_of, rank)
     run = found["run_minutes"]
+    saves = settings.parallel.sequence_parallel and rank is None and not work.amd and work.precision != "fp4"
     return Times(
         **found,
+        our_step_seconds=step_seconds_with_our_adapter(work) if saves else None,
         job_minutes=Interval(*(trials * (minutes + INIT_MINUTES) for minutes in (run.low, run.middle, run.high))),
         samples_per_second=gbs / found["step_seconds"].middle,
         evaluations=evaluations,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,12 +14,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import AttnBackend
 from nemo.collections.llm.gpt.model.llama import Llama2Config70B, LlamaConfig
-from nemo.collections.llm.recipes.tp_overlap_configs.userbuffers import (
-    userbuffers_bf16_h100_h8192_tp4_mbs1_seqlen8192,
-    userbuffers_fp8_h100_h8192_tp4_mbs1_seqlen8192,
-)
 from nemo.lightning import MegatronStrategy
-from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
@@ -32,6 +26,7 @@ from llama2_lora.llama2 import LLAMA2_70B, LlamaShape
 from llama2_lora.training.adapter import SeededLoRA
 from llama2_lora.training.evaluation import whole_sequences
 from llama2_lora.training.model import LoraLlama, data_step, forward_step
+from llama2_lora.training.overlap import build_overlap
 from llama2_lora.training.restore import restore
 
 FP4_FORMAT = "e2m1"
@@ -70,8 +65,8 @@ def build_config(settings: Settings, shape: LlamaShape) -> LlamaConfig:
     # replicas' are not needed: no FP8 tensor crosses data-parallel ranks, and the reduction stays within a node.
     options["tp_only_amax_red"] = True
     # Bulk overlap rides on the weight gradient's GEMM. The frozen base has none, and Transformer Engine 2.9 then leaves
-    # the input's gradient unsummed over the TP ranks (layernorm_linear.py): wrong, without an error.
-    options |= {"tp_comm_bulk_wgrad": False, "tp_comm_bulk_dgrad": False}
+    # the input's gradient unsummed over the TP ranks (layernorm_linear.py): wrong, without an error. See overlap.py.
+    options |= {"tp_comm_bulk_wgrad": False, "tp_comm_bulk_dgrad": False, "tp_comm_overlap_rs_dgrad": True}
     if shape == LLAMA2_70B:
         return Llama2Config70B(**options)
     return LlamaConfig(
@@ -204,25 +199,6 @@ def build_strategy(settings: Settings, seed: int, store: torch.distributed.Store
     )
     strategy.store = store
     return strategy
-
-
-def build_overlap(settings: Settings) -> MegatronCommOverlapCallback:
-    """Overlap of tensor-parallel collectives with GEMMs, as NVIDIA tuned it for hidden 8192 and TP 4 on H100, or TE's way."""
-    buffers = None
-    if settings.parallel.tp == 4 and settings.system.accelerator in ("H100", "H200"):
-        fp8, bf16 = userbuffers_fp8_h100_h8192_tp4_mbs1_seqlen8192, userbuffers_bf16_h100_h8192_tp4_mbs1_seqlen8192
-        # Without the bulk entries: see build_config
-        buffers = replace(
-            fp8 if settings.precision.fp8 else bf16, qkv_dgrad=None, qkv_wgrad=None, fc1_dgrad=None, fc1_wgrad=None
-        )
-    return MegatronCommOverlapCallback(
-        tp_comm_overlap=True,
-        tp_comm_overlap_cfg=buffers,
-        # NCCL and not MPI, so that srun --mpi=none serves
-        tp_comm_bootstrap_backend="gloo" if settings.system.platform == "cpu" else "nccl",
-        overlap_grad_reduce=False,  # the adapter's gradients are 90 MB a step: there is nothing to hide
-        overlap_param_gather=False,
-    )
 
 
 class EvaluateAtSteps(_TrainingEpochLoop):
