@@ -26,8 +26,9 @@ def data_step(batches: Iterator[Any]) -> dict[str, torch.Tensor]:
     """Next micro batch on this rank's device: its context-parallel share of tokens, labels and loss_weights, [B, S/CP]."""
     item = next(batches)
     batch = item[0] if isinstance(item, tuple) else item  # Lightning's iterator yields (batch, index, loader)
-    # Pinned: a copy from pageable memory makes the host wait for the GPU, and the next launches with it
-    batch = {name: tensor.pin_memory().cuda(non_blocking=True) for name, tensor in batch.items()}
+    # Pinned: a copy from pageable memory makes the host wait for the GPU, and the next launches with it. CUDA graphs of an
+    # iteration bring what is there already (full_cuda_graph.py).
+    batch = {name: t if t.is_cuda else t.pin_memory().cuda(non_blocking=True) for name, t in batch.items()}
     return get_batch_on_this_cp_rank(batch)
 
 

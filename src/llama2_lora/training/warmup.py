@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -39,7 +39,9 @@ def warm_up(trainer: pl.Trainer, settings: Settings) -> None:
     with preserved_state(trainer):
         for _ in range(performance.warmup_train_steps):
             _train_step(trainer, synthetic_batches(settings, vocab_size, batch.micro))
-        with _single_batch_evaluation(trainer.datamodule.data_sampler):
+        # A graph of an evaluation is one of all its batches, and is made here.
+        whole = performance.graphs == "iteration"
+        with nullcontext() if whole else _single_batch_evaluation(trainer.datamodule.data_sampler):
             for _ in range(performance.warmup_validation_steps):
                 _validation_step(trainer, synthetic_batches(settings, vocab_size, batch.validation_micro))
 
@@ -149,8 +151,13 @@ def _generator_states() -> dict[str, Any]:
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "megatron": get_cuda_rng_tracker().get_states(),
+        "megatron": {name: _of_generator(state) for name, state in get_cuda_rng_tracker().get_states().items()},
     }
+
+
+def _of_generator(state: Any) -> Any:
+    """Megatron's tracker holds states; Transformer Engine's, for CUDA graphs, generators that go on."""
+    return state.get_state() if hasattr(state, "get_state") else state
 
 
 def _restore_generators(states: dict[str, Any]) -> None:
@@ -159,4 +166,8 @@ def _restore_generators(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])
-    get_cuda_rng_tracker().set_states(states["megatron"])
+    tracker = get_cuda_rng_tracker()
+    generators = {name: g for name, g in tracker.get_states().items() if hasattr(g, "set_state")}
+    for name, generator in generators.items():
+        generator.set_state(states["megatron"][name])
+    tracker.set_states(states["megatron"] | generators)
