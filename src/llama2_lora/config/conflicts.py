@@ -342,6 +342,37 @@ def double_buffer_needs_offload(s: Settings) -> str | None:
     return None
 
 
+# ---- CUDA graphs -----------------------------------------------------------------------------------------------------
+
+
+@rule
+def graphs_need_one_stage(s: Settings) -> str | None:
+    if s.performance.graphs != "none" and s.parallel.pp > 1:  # p2p_communication.py, batch_p2p_sync
+        return f"CUDA_GRAPHS={s.performance.graphs}: needs PP=1, not {s.parallel.pp}: Megatron's stages wait on the host"
+    return None
+
+
+@rule
+def graphs_keep_what_they_made(s: Settings) -> str | None:
+    p = s.performance
+    if p.graphs == "none" or (p.recompute == "none" and not p.offload_layers):
+        return None
+    which = f"RECOMPUTE={p.recompute}" if p.recompute != "none" else f"CPU_OFFLOAD_LAYERS={p.offload_layers}"
+    return f"CUDA_GRAPHS={p.graphs}: contradicts {which}, which Megatron has outside of graphs only; unset one of them"
+
+
+@rule
+def graphs_are_made_before_the_clock(s: Settings) -> str | None:
+    p = s.performance
+    if p.graphs == "none":
+        return None
+    if p.warmup_train_steps < 2:
+        return f"CUDA_GRAPHS={p.graphs}: needs WARMUP_TRAIN_STEPS of 2, not {p.warmup_train_steps}: one runs, one makes the graphs"
+    if p.graphs == "iteration" and p.warmup_validation_steps < 2:
+        return f"CUDA_GRAPHS=iteration: needs WARMUP_VALIDATION_STEPS of 2, not {p.warmup_validation_steps}: the second is captured"
+    return None
+
+
 # ---- What is observed ------------------------------------------------------------------------------------------------
 
 

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper, StaticBufferLoader
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.cuda_graphs import CudaGraphManager, delete_cuda_graphs
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-LAYER, ITERATION = "layer", "iteration"
+ITERATION_SCOPE = "full_iteration"
 MANAGER = "cudagraph_manager"  # where a layer keeps its graphs
 
 
@@ -30,12 +31,21 @@ def configure(config: Any, graphs: str) -> None:
     time, which takes what it made of enable_cuda_graph itself for a contradiction ("Do not use enable_cuda_graph ...")."""
     config.enable_cuda_graph = config.use_te_rng_tracker = True
     # impl makes layers' graphs. NeMo's wrapper of an iteration (megatron_parallel.py) asks for the scope only.
-    config.cuda_graph_impl, config.cuda_graph_scope = ("local", "full") if graphs == LAYER else ("none", "full_iteration")
+    implementations = {"layer": ("local", "full"), "iteration": ("none", ITERATION_SCOPE)}
+    config.cuda_graph_impl, config.cuda_graph_scope = implementations[graphs]
 
 
 def unset_expandable_segments() -> None:
     """Forget the allocator's option, which config_common.sh sets: Megatron 0.15.3 refuses it beside graphs (cuda_graphs.py)."""
     os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)  # noqa: TID251  taken away, not read
+
+
+def keep_rotations(model: torch.nn.Module) -> None:
+    """An iteration's graph reads the rotations that the step before it made, of which Megatron remembers the last by length:
+    an evaluation in another layout has them forgotten (evaluation.py), and the graph would read memory that was freed."""
+    kept: list[torch.Tensor] = []
+    for embedding in (m for m in model.modules() if isinstance(m, RotaryEmbedding)):
+        embedding.register_forward_hook(lambda module, inputs, rotations: kept.append(rotations))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from nemo.collections.llm.gpt.model.llama import LlamaConfig, LlamaModel
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 
+from llama2_lora.training import graphs
 from llama2_lora.training.dropout import begin_micro_batch
 
 # A power of two, so exact: e4m3 holds |w| from 2.4e-4 with all its digits, and up to 7. Llama-2's are about 0.01.
@@ -111,6 +112,8 @@ class LoraLlama(LlamaModel):
         prepare_fp8_weights(self.module)
         if self.config.recompute_granularity == "full":
             let_gradients_through_recomputation(self.module)
+        if self.config.cuda_graph_scope == graphs.ITERATION_SCOPE:
+            graphs.keep_rotations(self.module)
 
     @property
     def training_loss_reduction(self) -> RowMeanLoss:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 # Their result is Python's: CUDA ends a capture at them, since no value is there yet.
-HOST_READS = ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero", "aten::unique_dim", "aten::_unique2")
+HOST_READS = {f"aten::{name}" for name in ("_local_scalar_dense", "_unique2", "equal", "masked_select", "nonzero")}
 
 
 class CaptureError(RuntimeError):
@@ -145,7 +145,7 @@ class Recorder(TorchDispatchMode):
         if any(kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for kind in types):
             return NotImplemented  # a quantized tensor: it calls operations on its parts, which come here
         name = func._schema.name
-        if name in HOST_READS:
+        if name in HOST_READS or _counts(name, args):
             raise CaptureError(f"{name}: the host reads a tensor while a CUDA graph is captured")
         inputs = list(_tensors((args, kwargs)))
         addresses = {_address(tensor) for tensor in inputs}
@@ -207,6 +207,13 @@ def _again(func: Any, args: Any, kwargs: Any, fresh: list[tuple[int, torch.Tenso
     new = list(_tensors(result))
     for place, tensor in fresh:
         tensor.copy_(new[place])
+
+
+def _counts(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether an index by truth values is made one by numbers, which must be counted; setting all of them to one is not."""
+    if name not in ("aten::index", "aten::index_put", "aten::index_put_") or not any(i.dtype == torch.bool for i in _tensors(args[1])):
+        return False
+    return name == "aten::index" or args[2].numel() > 1
 
 
 def _address(tensor: torch.Tensor) -> int:
