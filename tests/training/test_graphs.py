@@ -32,7 +32,12 @@ ONE_RANK = {
     "fp8_weights": {"FP8": "1", "FP8_PARAMS": "1", "FP8_AMAX_ALGO": "max"},
     "healed": {"FP4": "1", "FP4_HEAL_STEP": str(HEAL)},
 }
-TWO_RANKS = {"tp": {"TP": "2", "SP": "1", "FP8": "1"}, "cp": {"CP": "2"}, "val_cp": {"CP": "2", "VAL_CP": "1"}, "dp": {"MINIBS": "4"}}
+TWO_RANKS = {
+    "tp": {"TP": "2", "SP": "1", "FP8": "1"},
+    "cp": {"CP": "2"},
+    "val_cp": {"CP": "2", "VAL_CP": "1"},
+    "dp": {"MINIBS": "4"},
+}
 KINDS = ("layer", "iteration")
 
 

@@ -364,13 +364,13 @@ def graphs_keep_what_they_made(s: Settings) -> str | None:
 @rule
 def graphs_are_made_before_the_clock(s: Settings) -> str | None:
     p = s.performance
-    if p.graphs == "none":
+    steps = {"WARMUP_TRAIN_STEPS": p.warmup_train_steps}
+    if p.graphs == "iteration":
+        steps["WARMUP_VALIDATION_STEPS"] = p.warmup_validation_steps
+    few = next((f"{variable}={count}" for variable, count in steps.items() if count < 2), None)
+    if p.graphs == "none" or few is None:
         return None
-    if p.warmup_train_steps < 2:
-        return f"CUDA_GRAPHS={p.graphs}: needs WARMUP_TRAIN_STEPS of 2, not {p.warmup_train_steps}: one runs, one makes the graphs"
-    if p.graphs == "iteration" and p.warmup_validation_steps < 2:
-        return f"CUDA_GRAPHS=iteration: needs WARMUP_VALIDATION_STEPS of 2, not {p.warmup_validation_steps}: the second is captured"
-    return None
+    return f"CUDA_GRAPHS={p.graphs}: contradicts {few}: the first makes ready for graphs, the second runs them; set it to 2"
 
 
 # ---- What is observed ------------------------------------------------------------------------------------------------

@@ -173,9 +173,9 @@ class SeededStrategy(MegatronStrategy):
     @contextmanager
     def evaluation_layout(self) -> Iterator[None]:
         """What an evaluation, and its warm-up, happens in."""
-        with graphs.without_layer_graphs(self.megatron_parallel):
-            with whole_sequences(self.megatron_parallel) if self.evaluates_whole else nullcontext():
-                yield
+        layout = whole_sequences(self.megatron_parallel) if self.evaluates_whole else nullcontext()
+        with graphs.without_layer_graphs(self.megatron_parallel), layout:
+            yield
 
     def validation_step(self, *arguments: Any, **options: Any) -> Any:
         with self.evaluation_layout():
@@ -185,7 +185,8 @@ class SeededStrategy(MegatronStrategy):
         """Give back what outlives the model, and leave the model where it is.
 
         Lightning's teardown moves it to the CPU, for which Transformer Engine dequantizes FP8 weights and quantizes them
-        again: 34 GB a GPU between run_stop and the end of the process. Userbuffers live in a global of Transformer Engine, graphs in some of Megatron's.
+        again: 34 GB a GPU between run_stop and the end of the process. Userbuffers live in a global of Transformer
+        Engine, graphs in some of Megatron's.
         """
         destroy_ub()
         if self.cuda_graphs != "none" and self.megatron_parallel is not None:

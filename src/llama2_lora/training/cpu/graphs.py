@@ -15,8 +15,14 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+# PRIVATE: torch 2.13 torch.utils._python_dispatch.TorchDispatchMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+
+# PRIVATE: torch 2.13 torch.utils._pytree.tree_leaves
+# PRIVATE: torch 2.13 torch.utils._pytree.tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 # Their result is Python's: CUDA ends a capture at them, since no value is there yet.
 HOST_READS = {f"aten::{name}" for name in ("_local_scalar_dense", "_unique2", "equal", "masked_select", "nonzero")}
@@ -103,7 +109,7 @@ class CUDAGraph:
         self.calls.clear()
 
 
-class graph:  # noqa: N801  torch.cuda.graph
+class graph:
     """torch.cuda.graph: what is called inside is captured, and leaves no trace outside of the graph's own memory."""
 
     def __init__(self, cuda_graph: CUDAGraph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global") -> None:
@@ -138,7 +144,9 @@ class Recorder(TorchDispatchMode):
         self.inside: dict[int, torch.UntypedStorage] = {}  # by address: the graph's own memory, which it keeps
         self.before: dict[int, tuple[torch.UntypedStorage, torch.Tensor]] = {}  # by address: what was there outside
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
@@ -181,19 +189,16 @@ class Reference:
         self.tensor = tensor.data if own else None
         if not own:
             self.shape = tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
-            self.dtype, self.storage = tensor.dtype, tensor.untyped_storage()._weak_ref()
+            self.dtype, self.storage = tensor.dtype, StorageWeakRef(tensor.untyped_storage())
 
     def __call__(self) -> torch.Tensor:
         if self.tensor is not None:
             return self.tensor
-        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage)
+        # PRIVATE: torch 2.13 torch.UntypedStorage._new_with_weak_ptr
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
         if storage is None:
             raise RuntimeError(f"a CUDA graph reads memory that was freed: {self.dtype}, {list(self.shape[1])}")
         return torch.empty(0, dtype=self.dtype).set_(storage, *self.shape)
-
-    def __del__(self) -> None:
-        if self.tensor is None:
-            torch.UntypedStorage._free_weak_ref(self.storage)
 
 
 def _again(func: Any, args: Any, kwargs: Any, fresh: list[tuple[int, torch.Tensor]]) -> None:
@@ -211,13 +216,15 @@ def _again(func: Any, args: Any, kwargs: Any, fresh: list[tuple[int, torch.Tenso
 
 def _counts(name: str, args: tuple[Any, ...]) -> bool:
     """Whether an index by truth values is made one by numbers, which must be counted; setting all of them to one is not."""
-    if name not in ("aten::index", "aten::index_put", "aten::index_put_") or not any(i.dtype == torch.bool for i in _tensors(args[1])):
+    if name not in ("aten::index", "aten::index_put", "aten::index_put_") or not any(
+        i.dtype == torch.bool for i in _tensors(args[1])
+    ):
         return False
     return name == "aten::index" or args[2].numel() > 1
 
 
 def _address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return tensor.untyped_storage()._cdata  # PRIVATE: torch 2.13 torch.UntypedStorage._cdata
 
 
 def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
@@ -225,12 +232,12 @@ def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    yield from (leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+    yield from (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
 
 
 def _works(tree: Any) -> Iterator[Any]:
     """Collectives run on; on a GPU the next kernel waits for them."""
-    for leaf in torch.utils._pytree.tree_leaves(tree):
+    for leaf in tree_leaves(tree):
         if isinstance(leaf, torch.ScriptObject) and "Work" in str(leaf._type()):
             yield torch.distributed.Work.unbox(leaf)
 
