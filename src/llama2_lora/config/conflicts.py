@@ -352,25 +352,29 @@ def graphs_need_one_stage(s: Settings) -> str | None:
     return None
 
 
-@rule
-def graphs_keep_what_they_made(s: Settings) -> str | None:
-    p = s.performance
-    if p.graphs == "none" or (p.recompute == "none" and not p.offload_layers):
-        return None
-    which = f"RECOMPUTE={p.recompute}" if p.recompute != "none" else f"CPU_OFFLOAD_LAYERS={p.offload_layers}"
-    return f"CUDA_GRAPHS={p.graphs}: contradicts {which}, which Megatron has outside of graphs only; unset one of them"
+def outside_of_graphs(variable: str, off: object) -> Rule:
+    def check(s: Settings) -> str | None:
+        if s.performance.graphs == "none" or (value := s.value(variable)) == off:
+            return None
+        return f"CUDA_GRAPHS={s.performance.graphs}: contradicts {variable}={value}: no graph has it; unset one of them"
+
+    return check
 
 
-@rule
-def graphs_are_made_before_the_clock(s: Settings) -> str | None:
-    p = s.performance
-    steps = {"WARMUP_TRAIN_STEPS": p.warmup_train_steps}
-    if p.graphs == "iteration":
-        steps["WARMUP_VALIDATION_STEPS"] = p.warmup_validation_steps
-    few = next((f"{variable}={count}" for variable, count in steps.items() if count < 2), None)
-    if p.graphs == "none" or few is None:
-        return None
-    return f"CUDA_GRAPHS={p.graphs}: contradicts {few}: the first makes ready for graphs, the second runs them; set it to 2"
+def warmed_for_graphs(variable: str, kinds: tuple[str, ...]) -> Rule:
+    def check(s: Settings) -> str | None:
+        if s.performance.graphs not in kinds or (count := s.value(variable)) >= 2:
+            return None
+        return f"CUDA_GRAPHS={s.performance.graphs}: contradicts {variable}={count}: the second makes the graphs; set 2"
+
+    return check
+
+
+RULES += [outside_of_graphs("RECOMPUTE", "none"), outside_of_graphs("CPU_OFFLOAD_LAYERS", 0)]
+RULES += [
+    warmed_for_graphs("WARMUP_TRAIN_STEPS", ("layer", "iteration")),
+    warmed_for_graphs("WARMUP_VALIDATION_STEPS", ("iteration",)),
+]
 
 
 # ---- What is observed ------------------------------------------------------------------------------------------------
