@@ -30,7 +30,8 @@ ONE_RANK = {
     "fp32": {},
     "fp8": {"FP8": "1", "FP8_DPA": "1"},
     "fp8_weights": {"FP8": "1", "FP8_PARAMS": "1", "FP8_AMAX_ALGO": "max"},
-    "healed": {"FP4": "1", "FP4_HEAL_STEP": str(HEAL)},
+    # Megatron makes a layer's graphs by running it, and what is made in the run draws masks of its own.
+    "healed": {"FP4": "1", "FP4_HEAL_STEP": str(HEAL), "LORA_DROPOUT": "0"},
 }
 TWO_RANKS = {
     "tp": {"TP": "2", "SP": "1", "FP8": "1"},

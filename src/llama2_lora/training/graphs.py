@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper, StaticBufferLoader
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer import cuda_graphs
 from megatron.core.transformer.cuda_graphs import CudaGraphManager, delete_cuda_graphs
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 ITERATION_SCOPE = "full_iteration"
 MANAGER = "cudagraph_manager"  # where a layer keeps its graphs
@@ -33,6 +35,7 @@ def configure(config: Any, graphs: str) -> None:
     # impl makes layers' graphs. NeMo's wrapper of an iteration (megatron_parallel.py) asks for the scope only.
     implementations = {"layer": ("local", "full"), "iteration": ("none", ITERATION_SCOPE)}
     config.cuda_graph_impl, config.cuda_graph_scope = implementations[graphs]
+    cuda_graphs.HAVE_TQDM = False  # a progress bar a rank
 
 
 def unset_expandable_segments() -> None:
@@ -70,6 +73,8 @@ def drop_graphs(model: torch.nn.Module) -> None:
     for layer in list(_graphed_layers(model)):
         del layer._modules[MANAGER]
     delete_cuda_graphs()
+    # Where it is not None, what is captured next skips quantizing the weights (Transformer Engine 2.9, module/linear.py).
+    FP8GlobalStateManager.skip_fp8_weight_update_tensor = None
 
 
 def rebuild_graphs(model: torch.nn.Module) -> None:

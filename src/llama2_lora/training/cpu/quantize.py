@@ -35,7 +35,7 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
         before = [] if noop is None else [(part, part.clone()) for part in _parts(output, quantizer)]
         kernel(tensor.detach(), quantizer, output)
         for part, value in before:  # not `if noop`: a CUDA graph decides anew at every replay
-            part.copy_(torch.where(noop.bool(), value, part))
+            part.copy_(torch.where(noop.bool().squeeze(), value, part))
     return output
 
 
