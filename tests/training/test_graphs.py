@@ -141,12 +141,14 @@ def captured(work: Callable[[], Any], *states: Any) -> Any:
 
 
 def test_a_capture_computes_nothing(device: None) -> None:
-    total = torch.zeros(3)
-    recorded = captured(lambda: total.add_(torch.ones(3) * 2))
+    total, made = torch.zeros(3), []
+    recorded = captured(lambda: made.append(total.add_(torch.ones(3) * 2) + 1))
     assert total.tolist() == [0, 0, 0]
+    assert made[0].isnan().all()
     recorded.replay()
     recorded.replay()
     assert total.tolist() == [4, 4, 4]
+    assert made[0].tolist() == [5, 5, 5]
 
 
 def test_a_replay_repeats_numbers_and_reads_tensors(device: None) -> None:

@@ -143,6 +143,7 @@ class Recorder(TorchDispatchMode):
         self.graph = graph
         self.inside: dict[int, torch.UntypedStorage] = {}  # by address: the graph's own memory, which it keeps
         self.before: dict[int, tuple[torch.UntypedStorage, torch.Tensor]] = {}  # by address: what was there outside
+        self.computed: list[torch.Tensor] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -168,6 +169,7 @@ class Recorder(TorchDispatchMode):
             if _address(tensor) not in addresses:
                 self.inside[_address(tensor)] = tensor.untyped_storage()
                 fresh.append((place, tensor.data))
+                self.computed.append(tensor.data)
         if fresh or _writes(func):
             self.graph.calls.append(lambda: _again(func, *references, fresh))
         return result
@@ -176,6 +178,9 @@ class Recorder(TorchDispatchMode):
         """A capture computes nothing: outside all is as it was, and the graph's own numbers are not there yet."""
         for storage, value in self.before.values():
             _bytes(storage).copy_(value)
+        for tensor in self.computed:
+            if tensor.dtype in (torch.float32, torch.float64):
+                tensor.fill_(torch.nan)
 
     def _reference(self, tensor: torch.Tensor) -> Reference:
         # A number's value travels with the launch
