@@ -66,7 +66,7 @@ def train(settings: Settings, shape, log: MLPerfLog) -> bool:
 
 def fit(settings: Settings, shape, log: MLPerfLog) -> bool:
     """The same, where PLATFORM's kernels are in place."""
-    from llama2_lora.training import observe, recipe, run
+    from llama2_lora.training import graphs, observe, recipe, run
     from llama2_lora.training.callback import MLPerfCallback
     from llama2_lora.training.clipping import clipping_on_device
     from llama2_lora.training.data import GovReport
@@ -75,6 +75,8 @@ def fit(settings: Settings, shape, log: MLPerfLog) -> bool:
 
     run.quiet_libraries()
     run.unset_attention_choices()
+    if settings.performance.graphs != "none":
+        graphs.unset_expandable_segments()
     store = run.rendezvous(settings)
     seed = run.shared_seed(settings, store)
     strategy = recipe.build_strategy(settings, seed, store)

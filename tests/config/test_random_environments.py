@@ -136,7 +136,8 @@ def choices(variables: list[str]) -> list[list[str]]:
     first, second = [], []
     for variable in variables:
         _, f = FIELDS[variable]
-        low, words = f.metadata["low"] or 0, f.metadata["choices"] or ("A_1x8x4", "B_7x7x7")
+        texts = ("", "A_1x8x4") if f.default == "" else ("A_1x8x4", "B_7x7x7")
+        low, words = f.metadata["low"] or 0, f.metadata["choices"] or texts
         pair = {
             "bool": ("0", "1"),
             "int": (str(int(low) or 1), str(min(f.metadata["high"] or 50_000, 50_000))),

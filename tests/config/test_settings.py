@@ -13,6 +13,8 @@ from llama2_lora.config.settings import Settings, SettingsError
 from llama2_lora.config.values import walltime_minutes
 from llama2_lora.node.files import check_paths
 
+GRAPHS = {"CUDA_GRAPHS": "layer", "WARMUP_TRAIN_STEPS": "2"}
+
 
 def problems(**changes: str) -> list[str]:
     with pytest.raises(SettingsError) as caught:
@@ -58,6 +60,12 @@ UB = {"SP": "1", "TP_COMM_OVERLAP": "1"}
         ({"TP": "1", "CP": "4", "PP": "2", "VAL_CP": "2"}, "VAL_CP=2: must be 1 or CP=4"),
         ({"TP": "1", "CP": "2", "PP": "2", "VAL_CP": "1"}, "VAL_CP=1: needs PP=1, not 2"),
         ({"CP": "2", "SP": "1", "TP_COMM_OVERLAP": "1", "VAL_CP": "1"}, "VAL_CP=1: contradicts TP_COMM_OVERLAP=1"),
+        ({"CUDA_GRAPHS": "step"}, "CUDA_GRAPHS=step: must be one of none, layer, iteration"),
+        (GRAPHS | {"PP": "2"}, "CUDA_GRAPHS=layer: needs PP=1, not 2"),
+        (GRAPHS | {"RECOMPUTE": "selective"}, "CUDA_GRAPHS=layer: contradicts RECOMPUTE=selective"),
+        (GRAPHS | {"CPU_OFFLOAD_LAYERS": "4"}, "CUDA_GRAPHS=layer: contradicts CPU_OFFLOAD_LAYERS=4"),
+        (GRAPHS | {"WARMUP_TRAIN_STEPS": "1"}, "CUDA_GRAPHS=layer: contradicts WARMUP_TRAIN_STEPS=1"),
+        (GRAPHS | {"CUDA_GRAPHS": "iteration"}, "CUDA_GRAPHS=iteration: contradicts WARMUP_VALIDATION_STEPS=0"),
         ({"CP": "2", "CP_COMM": "all_gather", "FP8": "1", "FP8_DPA": "1"}, "CP_COMM=all_gather: contradicts FP8_DPA=1"),
         ({"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE=4: must equal DGXNNODES*DGXNGPU=1*8=8"),
         ({"WORLD_SIZE": "8", "RANK": "8", "LOCAL_RANK": "0"}, "RANK=8: must be below WORLD_SIZE=8"),

@@ -88,6 +88,18 @@ def test_adapter_and_its_sharded_optimizer_state() -> None:
     assert gigabytes(found, "AdamW") == pytest.approx(12 * 26.870e-3 / 16, rel=1e-3)  # DP 8 x CP 2 shards
 
 
+def test_what_graphs_keep() -> None:
+    """Masks of both adapters' inputs, [8192, 8192] bytes each and layer; and beside an iteration's graph evaluation's own."""
+    warm = {"WARMUP_TRAIN_STEPS": "2", "WARMUP_VALIDATION_STEPS": "2"}
+    none, layer, iteration = (account("B200", 1, 8, 1, **FP8, **warm, CUDA_GRAPHS=g) for g in ("none", "layer", "iteration"))
+    for graphs in (layer, iteration):
+        masks = gigabytes(graphs, "activations: adapter") - gigabytes(none, "activations: adapter")
+        assert masks == pytest.approx(80 * 2 * 8192**2 / 1e9)
+    logits, working = gigabytes(none, "logits"), gigabytes(none, "working set")
+    extra = [gigabytes(account, "evaluation") for account in (none, layer, iteration)]
+    assert extra == pytest.approx([0, working, logits + working])
+
+
 def test_activations_of_one_layer_by_hand() -> None:
     """TP4 SP on 8,192 tokens; tokens * hidden = 67.1e6, a quarter of it 16.8e6; tokens * FFN = 234.9e6."""
     s = settings(1, 8, 4, **H100_TP4)

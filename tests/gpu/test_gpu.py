@@ -20,6 +20,7 @@ from llama2_lora.forecast.measured import Names
 from llama2_lora.forecast.memory import memory_per_gpu
 from llama2_lora.gpus import ACCELERATORS
 from llama2_lora.llama2 import LLAMA2_70B
+from llama2_lora.weights.checkpoint import read_adapter
 
 pytestmark = pytest.mark.gpu
 CONFIG = ROOT / "config_DGXH100_1x8x4.sh"
@@ -83,6 +84,34 @@ def test_fp8_weights_from_restore_to_teardown(tiny_bf16: Tiny, tmp_path: Path) -
     assert len(losses[0]) == len(losses[1]) > 0
     assert losses[0] == pytest.approx(losses[1], rel=0.03)
     assert (tmp_path / "a/adapter_1").is_dir()
+
+
+@pytest.mark.parametrize("precision", [{}, {"FP8": "1", "FP8_DPA": "1"}])
+@pytest.mark.parametrize("kind", ["layer", "iteration"])
+def test_graphs_change_nothing(kind: str, precision: dict[str, str], tiny_bf16: Tiny, tmp_path: Path) -> None:
+    """Losses and the trained adapter against a run without graphs. Without dropout: graphs draw other masks."""
+    common = {"WARMUP_TRAIN_STEPS": "2", "WARMUP_VALIDATION_STEPS": "2", "LORA_DROPOUT": "0", "SAVE_ADAPTER": "1"} | precision
+    logs, adapters = [], []
+    for graphs in ("none", kind):
+        (folder := tmp_path / graphs).mkdir()
+        logs.append(train(tiny_bf16, folder, CUDA_GRAPHS=graphs, **common))
+        adapters.append(read_adapter(folder / "adapter_1")[0])
+    for key in ("train_loss", "eval_accuracy"):
+        assert values(logs[1], key) == pytest.approx(values(logs[0], key), rel=1e-3)
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, matrix in adapters[0].items():
+        assert np.abs(adapters[1][name] - matrix).max() <= 0.02 * np.abs(matrix).max(), name
+
+
+def test_graphs_draw_a_new_mask_each_step(tiny_bf16: Tiny, tmp_path: Path) -> None:
+    """With dropout both kinds draw the same masks, step by step, and none in an evaluation."""
+    logs = []
+    for kind in ("layer", "iteration"):
+        (folder := tmp_path / kind).mkdir()
+        warm = {"WARMUP_TRAIN_STEPS": "2", "WARMUP_VALIDATION_STEPS": "2", "LORA_DROPOUT": "0.5"}
+        logs.append(train(tiny_bf16, folder, CUDA_GRAPHS=kind, **warm))
+    for key in ("train_loss", "eval_accuracy"):
+        assert values(logs[1], key) == pytest.approx(values(logs[0], key), rel=1e-3)
 
 
 @pytest.fixture(scope="module")

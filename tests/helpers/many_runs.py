@@ -42,8 +42,10 @@ class Done:
             return dict(arrays)
 
 
-def run_many(tiny: Tiny, results: Path, runs: dict[str, dict[str, str]], ranks: int, **common: str) -> dict[str, Done]:
-    """Train once per run's settings on `ranks` processes; `common` are settings of all of them."""
+def run_many(
+    tiny: Tiny, results: Path, runs: dict[str, dict[str, str]], ranks: int, script: str = __file__, **common: str
+) -> dict[str, Done]:
+    """Train once per run's settings on `ranks` processes; `common` are settings of all of them. `script` calls `worker`."""
     environments = {}
     names = {name for run in runs.values() for name in run}
     for name, changes in runs.items():
@@ -54,7 +56,7 @@ def run_many(tiny: Tiny, results: Path, runs: dict[str, dict[str, str]], ranks: 
     file.write_text(json.dumps(environments))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
-        [*torchrun, __file__, results, file],
+        [*torchrun, script, results, file],
         env=clean_environment(PYTHONPATH=f"{ROOT}/src:{ROOT}/tests"),
         capture_output=True,
         text=True,

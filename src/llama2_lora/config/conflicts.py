@@ -356,6 +356,41 @@ def double_buffer_needs_offload(s: Settings) -> str | None:
     return None
 
 
+# ---- CUDA graphs -----------------------------------------------------------------------------------------------------
+
+
+@rule
+def graphs_need_one_stage(s: Settings) -> str | None:
+    if s.performance.graphs != "none" and s.parallel.pp > 1:  # p2p_communication.py, batch_p2p_sync
+        return f"CUDA_GRAPHS={s.performance.graphs}: needs PP=1, not {s.parallel.pp}: Megatron's stages wait on the host"
+    return None
+
+
+def outside_of_graphs(variable: str, off: object) -> Rule:
+    def check(s: Settings) -> str | None:
+        if s.performance.graphs == "none" or (value := s.value(variable)) == off:
+            return None
+        return f"CUDA_GRAPHS={s.performance.graphs}: contradicts {variable}={value}: no graph has it; unset one of them"
+
+    return check
+
+
+def warmed_for_graphs(variable: str, kinds: tuple[str, ...]) -> Rule:
+    def check(s: Settings) -> str | None:
+        if s.performance.graphs not in kinds or (count := s.value(variable)) >= 2:
+            return None
+        return f"CUDA_GRAPHS={s.performance.graphs}: contradicts {variable}={count}: the second makes the graphs; set 2"
+
+    return check
+
+
+RULES += [outside_of_graphs("RECOMPUTE", "none"), outside_of_graphs("CPU_OFFLOAD_LAYERS", 0)]
+RULES += [
+    warmed_for_graphs("WARMUP_TRAIN_STEPS", ("layer", "iteration")),
+    warmed_for_graphs("WARMUP_VALIDATION_STEPS", ("iteration",)),
+]
+
+
 # ---- What is observed ------------------------------------------------------------------------------------------------
 
 

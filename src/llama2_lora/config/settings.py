@@ -145,6 +145,7 @@ class Performance:
     """What changes speed and memory, not the result."""
     tp_comm_overlap: bool = _setting("TP_COMM_OVERLAP", False, "Overlap tensor-parallel communication with GEMMs through userbuffers; needs SP")
     recompute: str = _setting("RECOMPUTE", "none", "Activation recomputation", choices=("none", "selective", "full"))
+    graphs: str = _setting("CUDA_GRAPHS", "none", "What the GPU repeats without the host: every `layer` of a training step, or the whole `iteration`, evaluation too: wins where the host is slower than the GPU, that is few tokens a GPU; keeps the dropout masks (a byte a value); needs PP=1 and warm-up steps, excludes RECOMPUTE and CPU_OFFLOAD_LAYERS", choices=("none", "layer", "iteration"))
     offload_layers: int = _setting("CPU_OFFLOAD_LAYERS", 0, "Layers whose activations are offloaded to host memory", low=0, unit="layers")
     warmup_train_steps: int = _setting("WARMUP_TRAIN_STEPS", 0, "Synthetic training steps before the clock starts", low=0, unit="steps")
     warmup_validation_steps: int = _setting("WARMUP_VALIDATION_STEPS", 0, "Synthetic evaluation batches before the clock starts", low=0, unit="batches")

@@ -102,13 +102,17 @@ def memory_per_gpu(settings: Settings, shape: LlamaShape, accelerator: Accelerat
 def items(settings: Settings, shape: LlamaShape, accelerator: Accelerator, software: Software) -> tuple[Item, ...]:
     micro = settings.batch.micro
     tokens = settings.batch.sequence_length / settings.parallel.cp * micro
-    step = [*_activations(settings, shape, software), _logits(settings, shape, tokens), _working_set(settings, shape, tokens)]
+    logits = _logits(settings, shape, tokens)
+    step = [*_activations(settings, shape, software), logits, _working_set(settings, shape, tokens)]
+    step_bytes = sum(item.bytes for item in step)
+    # A CUDA graph keeps its memory while an evaluation runs.
+    free_then = {"none": step_bytes, "layer": logits.bytes, "iteration": 0.0}[settings.performance.graphs]
     found = [
         *_weights(settings, shape, accelerator, software),
         *_adapter(settings, shape),
         *step,
-        _evaluation(settings, shape, sum(item.bytes for item in step)),
-        _restore(settings, shape, sum(item.bytes for item in step)),
+        _evaluation(settings, shape, free_then),
+        _restore(settings, shape, step_bytes),
     ]
     slack = ALLOCATOR_SLACK * sum(item.bytes for item in found)
     found += [Item("allocator slack", slack, "E"), *_libraries(settings, shape)]
@@ -178,12 +182,14 @@ def layer_activations(settings: Settings, shape: LlamaShape, software: Software)
     low_rank = BF16 * settings.optimization.lora_rank * tokens * (1 + 2 / sharded) + FP32 * tokens / sharded
     # linear_proj's input is the attention's output, which bf16 attention keeps too, FP8 attention in FP8 only.
     own_input = BF16 * out if attention == FP8 or settings.performance.recompute == "selective" else 0.0
+    # CUDA graphs keep the dropout masks, a byte an element (training/dropout.py).
+    masks = 0.0 if settings.performance.graphs == "none" else residual + out
     swiglu = FP8 if software.fp8_swiglu_input or settings.precision.fp8_swiglu else BF16
     return [
         Item("inputs of both norms", 2 * BF16 * residual, "K"),
         Item("query, key, value", attention * qkv, "K"),
         Item("attention output", attention * out + FP32 * tokens * shape.heads / t, "K"),
-        Item("adapter", low_rank + own_input, "A"),
+        Item("adapter", low_rank + own_input + masks, "A"),
         Item("SwiGLU input", swiglu * 2 * tokens * shape.ffn / t, "M"),
     ]
 
@@ -229,13 +235,13 @@ def _working_set(settings: Settings, shape: LlamaShape, tokens: float) -> Item:
     return Item("working set of one layer", size, "E")
 
 
-def _evaluation(settings: Settings, shape: LlamaShape, step_bytes: float) -> Item:
-    """What an evaluation needs above a training step. It keeps no activations: one layer's and the logits, which are
+def _evaluation(settings: Settings, shape: LlamaShape, free_bytes: float) -> Item:
+    """What an evaluation needs above what training leaves it. It keeps no activations: one layer's and the logits, which are
     counted as in training, though there is no gradient."""
     micro = settings.batch.validation_micro
     tokens = settings.batch.sequence_length / settings.parallel.evaluation_cp * micro
     needed = _logits(settings, shape, tokens).bytes + _working_set(settings, shape, tokens).bytes
-    return Item(f"evaluation with VAL_MBS={micro}, beyond a step", max(0.0, needed - step_bytes), "E")
+    return Item(f"evaluation with VAL_MBS={micro}, beyond a step", max(0.0, needed - free_bytes), "E")
 
 
 def restore_bytes(settings: Settings, shape: LlamaShape) -> float:

@@ -20,6 +20,7 @@ from transformer_engine.pytorch.tensor.nvfp4_tensor import NVFP4Tensor
 from llama2_lora.config.settings import Settings
 from llama2_lora.mlperf_log import MLPerfLog
 from llama2_lora.training.callback import precisions
+from llama2_lora.training.graphs import rebuild_graphs
 from llama2_lora.training.model import prepare_fp8_weights
 
 
@@ -35,6 +36,8 @@ class Heal(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.settings.precision.fp4_heal_step:
             switch_to_fp8(trainer.strategy.megatron_parallel, self.settings.precision.fp8_format)
+            if self.settings.performance.graphs != "none":
+                rebuild_graphs(trainer.strategy.megatron_parallel)
             linear = precisions(pl_module.config)[constants.LOWEST_NUMERICAL_PRECISION_IN_LINEAR]
             self.mlperf_log.tracked({"linear_precision": linear}, trainer.global_step * self.settings.global_batch_size)
 

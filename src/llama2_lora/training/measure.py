@@ -48,6 +48,7 @@ def pretended(settings: Settings, steps: int) -> Settings:
         performance=replace(
             performance,
             tp_comm_overlap=False,
+            graphs="none",  # a replay calls nothing that could be measured by itself
             warmup_train_steps=max(WARMUP_STEPS, performance.warmup_train_steps),
             warmup_validation_steps=max(1, performance.warmup_validation_steps),
         ),

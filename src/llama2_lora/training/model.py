@@ -16,6 +16,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from nemo.collections.llm.gpt.model.llama import LlamaConfig, LlamaModel
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 
+from llama2_lora.training import graphs
 from llama2_lora.training.dropout import begin_micro_batch
 
 # A power of two, so exact: e4m3 holds |w| from 2.4e-4 with all its digits, and up to 7. Llama-2's are about 0.01.
@@ -26,8 +27,9 @@ def data_step(batches: Iterator[Any]) -> dict[str, torch.Tensor]:
     """Next micro batch on this rank's device: its context-parallel share of tokens, labels and loss_weights, [B, S/CP]."""
     item = next(batches)
     batch = item[0] if isinstance(item, tuple) else item  # Lightning's iterator yields (batch, index, loader)
-    # Pinned: a copy from pageable memory makes the host wait for the GPU, and the next launches with it
-    batch = {name: tensor.pin_memory().cuda(non_blocking=True) for name, tensor in batch.items()}
+    # Pinned: a copy from pageable memory makes the host wait for the GPU, and the next launches with it. CUDA graphs of an
+    # iteration bring what is there already (full_cuda_graph.py).
+    batch = {name: t if t.is_cuda else t.pin_memory().cuda(non_blocking=True) for name, t in batch.items()}
     return get_batch_on_this_cp_rank(batch)
 
 
@@ -110,6 +112,8 @@ class LoraLlama(LlamaModel):
         prepare_fp8_weights(self.module)
         if self.config.recompute_granularity == "full":
             let_gradients_through_recomputation(self.module)
+        if self.config.cuda_graph_scope == graphs.ITERATION_SCOPE:
+            graphs.keep_rotations(self.module)
 
     @property
     def training_loss_reduction(self) -> RowMeanLoss:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,6 +24,7 @@ from transformer_engine.pytorch.module import destroy_ub
 from llama2_lora.config import rules
 from llama2_lora.config.settings import Settings
 from llama2_lora.llama2 import LLAMA2_70B, LlamaShape
+from llama2_lora.training import graphs
 from llama2_lora.training.adapter import SeededLoRA
 from llama2_lora.training.evaluation import whole_sequences
 from llama2_lora.training.model import LoraLlama, data_step, forward_step
@@ -84,7 +86,8 @@ def build_config(settings: Settings, shape: LlamaShape) -> LlamaConfig:
 
 def build_lora(settings: Settings, seed: int) -> SeededLoRA:
     o = settings.optimization
-    return SeededLoRA(seed, o.lora_rank, o.lora_alpha, o.lora_dropout)
+    keep_masks = settings.performance.graphs != "none"
+    return SeededLoRA(seed, o.lora_rank, o.lora_alpha, o.lora_dropout, keep_masks)
 
 
 def build_optimizer(settings: Settings) -> MegatronOptimizerModule:
@@ -139,27 +142,35 @@ def build_precision(settings: Settings) -> MegatronMixedPrecision:
 class SeededStrategy(MegatronStrategy):
     """MegatronStrategy whose generators start from the run's seed, that restores by layer and leaves the model in place.
 
-    evaluates_whole: evaluation has no context parallelism, whatever training has.
+    evaluates_whole: evaluation has no context parallelism, whatever training has. cuda_graphs: see graphs.py.
 
     NeMo 2.7.3 starts them from 1234 in every run (megatron_init.py): all runs would draw the same dropout masks. Ranks of
     one tensor-parallel group share theirs, since they may hold the same activations; all others differ.
     """
 
-    def __init__(self, seed: int, evaluates_whole: bool = False, **options: Any) -> None:
-        super().__init__(**options)
-        self.seed, self.evaluates_whole = seed, evaluates_whole
+    def __init__(self, seed: int, evaluates_whole: bool = False, cuda_graphs: str = "none", **options: Any) -> None:
+        super().__init__(use_te_rng_tracker=cuda_graphs != "none", **options)
+        self.seed, self.evaluates_whole, self.cuda_graphs = seed, evaluates_whole, cuda_graphs
+
+    def connect(self, model: pl.LightningModule) -> None:
+        super().connect(model)
+        if self.cuda_graphs != "none":
+            graphs.configure(model.config, self.cuda_graphs)
 
     def setup_distributed(self) -> None:
         super().setup_distributed()
         rank = torch.distributed.get_rank() // self.tensor_model_parallel_size
-        model_parallel_cuda_manual_seed(self.seed + rank, force_reset_rng=True)
+        model_parallel_cuda_manual_seed(self.seed + rank, te_rng_tracker=self.use_te_rng_tracker, force_reset_rng=True)
 
     def selective_restore(self) -> None:
         restore(self)
 
-    def evaluation_layout(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def evaluation_layout(self) -> Iterator[None]:
         """What an evaluation, and its warm-up, happens in."""
-        return whole_sequences(self.megatron_parallel) if self.evaluates_whole else nullcontext()
+        layout = whole_sequences(self.megatron_parallel) if self.evaluates_whole else nullcontext()
+        with graphs.without_layer_graphs(self.megatron_parallel), layout:
+            yield
 
     def validation_step(self, *arguments: Any, **options: Any) -> Any:
         with self.evaluation_layout():
@@ -169,9 +180,12 @@ class SeededStrategy(MegatronStrategy):
         """Give back what outlives the model, and leave the model where it is.
 
         Lightning's teardown moves it to the CPU, for which Transformer Engine dequantizes FP8 weights and quantizes them
-        again: 34 GB a GPU between run_stop and the end of the process. Userbuffers live in a global of Transformer Engine.
+        again: 34 GB a GPU between run_stop and the end of the process. Userbuffers live in a global of Transformer
+        Engine, graphs in some of Megatron's.
         """
         destroy_ub()
+        if self.cuda_graphs != "none" and self.megatron_parallel is not None:
+            graphs.drop_graphs(self.megatron_parallel)
         # PRIVATE: lightning 2.4 lightning.pytorch.strategies.Strategy._lightning_module
         model, self._lightning_module = self._lightning_module, None
         try:
@@ -186,6 +200,7 @@ def build_strategy(settings: Settings, seed: int, store: torch.distributed.Store
     strategy = SeededStrategy(
         seed,
         evaluates_whole=p.evaluation_cp < p.cp,
+        cuda_graphs=settings.performance.graphs,
         tensor_model_parallel_size=p.tp,
         pipeline_model_parallel_size=p.pp,
         context_parallel_size=p.cp,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 
 from llama2_lora.config.settings import Settings
 from llama2_lora.training.data import Sampler, synthetic_batches
+from llama2_lora.training.graphs import rebuild_graphs
 from llama2_lora.training.healing import switched_for_now
 
 # Of the layers, those that are warmed up in FP8 too, since weights in FP4 and FP8 of all would not fit: kernels and shapes are
@@ -40,13 +41,15 @@ class WarmUp(pl.Callback):
 
 def warm_up(trainer: pl.Trainer, settings: Settings) -> None:
     """WARMUP_TRAIN_STEPS optimizer steps and WARMUP_VALIDATION_STEPS forward passes on random tokens; with FP4_HEAL_STEP as
-    many again as they run after the switch."""
+    many before, as they run after the switch."""
     model, p = trainer.strategy.megatron_parallel, settings.precision
     with preserved_state(trainer):
-        _steps(trainer, settings)
         if p.fp4_heal_step is not None:
             with first_layers(block_of(model), HEALED_LAYERS), switched_for_now(model, p.fp8_format):
                 _steps(trainer, settings)
+            if settings.performance.graphs != "none":
+                rebuild_graphs(model)
+        _steps(trainer, settings)  # last: the graphs that it makes are those of the first step
 
 
 def _steps(trainer: pl.Trainer, settings: Settings) -> None:
@@ -54,7 +57,9 @@ def _steps(trainer: pl.Trainer, settings: Settings) -> None:
     vocab_size = trainer.datamodule.vocab_size
     for _ in range(performance.warmup_train_steps):
         _train_step(trainer, synthetic_batches(settings, vocab_size, batch.micro))
-    with _single_batch_evaluation(trainer.datamodule.data_sampler):
+    # A graph of an evaluation is one of all its batches, and is made here.
+    whole = performance.graphs == "iteration"
+    with nullcontext() if whole else _single_batch_evaluation(trainer.datamodule.data_sampler):
         for _ in range(performance.warmup_validation_steps):
             _validation_step(trainer, synthetic_batches(settings, vocab_size, batch.validation_micro))
 
@@ -180,8 +185,13 @@ def _generator_states() -> dict[str, Any]:
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "megatron": get_cuda_rng_tracker().get_states(),
+        "megatron": {name: _of_generator(state) for name, state in get_cuda_rng_tracker().get_states().items()},
     }
+
+
+def _of_generator(state: Any) -> Any:
+    """Megatron's tracker holds states; Transformer Engine's, for CUDA graphs, generators that go on."""
+    return state.get_state() if hasattr(state, "get_state") else state
 
 
 def _restore_generators(states: dict[str, Any]) -> None:
@@ -190,4 +200,8 @@ def _restore_generators(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])
-    get_cuda_rng_tracker().set_states(states["megatron"])
+    tracker = get_cuda_rng_tracker()
+    generators = {name: g for name, g in tracker.get_states().items() if hasattr(g, "set_state")}
+    for name, generator in generators.items():
+        generator.set_state(states["megatron"][name])
+    tracker.set_states(states["megatron"] | generators)

@@ -9,6 +9,7 @@
     norms        RMSNorm                                 attention   fused attention, in FP8 too (attention_fp8)
     rope         rotary embeddings                       optimizer   multi-tensor Adam, norm, scale
     userbuffers  tensor-parallel collectives inside products
+    graphs       torch.cuda's graphs: operations recorded and replayed
 
 Nothing here is imported on a GPU, and nothing of training/ outside knows of it.
 """

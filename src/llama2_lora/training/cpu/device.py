@@ -10,6 +10,7 @@ unchanged.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ import torch._dynamo
 from torch.overrides import TorchFunctionMode
 
 from llama2_lora.config.settings import Precision
+from llama2_lora.training.cpu import graphs
 
 HOPPER, BLACKWELL = (9, 0), (10, 0)  # compute capabilities: what Transformer Engine chooses kernels by
 
@@ -72,8 +74,8 @@ class Event:
 class _Generators(tuple):
     """The generator of every device, whatever its index: NeMo asks by ordinal, Megatron by current_device()."""
 
-    def __getitem__(self, _: Any) -> torch.Generator:
-        return torch.default_generator
+    def __getitem__(self, _: Any) -> graphs.DeviceGenerator:
+        return super().__getitem__(0)
 
 
 def stand_ins(capability: tuple[int, int]) -> Iterator[tuple[Any, str, Any]]:
@@ -90,7 +92,7 @@ def stand_ins(capability: tuple[int, int]) -> Iterator[tuple[Any, str, Any]]:
     yield cuda, "_initialized", True
     yield cuda, "_lazy_init", lambda: None
     # torch.cuda.manual_seed, get_rng_state and megatron.core.tensor_parallel.random index this tuple: IndexError.
-    yield cuda, "default_generators", _Generators((torch.default_generator,))
+    yield cuda, "default_generators", _Generators((graphs.DeviceGenerator(),))
     yield cuda, "get_rng_state", lambda device="cuda": torch.get_rng_state()
     yield cuda, "set_rng_state", lambda state, device="cuda": torch.set_rng_state(state)
     yield cuda, "manual_seed", torch.manual_seed
@@ -112,7 +114,9 @@ def stand_ins(capability: tuple[int, int]) -> Iterator[tuple[Any, str, Any]]:
     yield cuda, "Event", Event
     yield cuda, "stream", lambda stream: nullcontext()
     yield cuda, "current_stream", lambda device=None: Stream()
-    yield cuda, "is_current_stream_capturing", lambda: False
+    yield cuda, "set_stream", lambda stream: None
+    yield cuda, "memory_stats", lambda device=None: defaultdict(int)  # Megatron says how much the graphs of its layers took
+    yield from graphs.stand_ins()
     yield torch.version, "cuda", "13.0"  # Transformer Engine asks for it before it scales FP8 in blocks
     # The libraries' small fusions are for torch.compile, whose inductor asks for the properties of a real device.
     # PRIVATE: torch 2.13 torch._dynamo.config.disable
@@ -139,6 +143,8 @@ class CudaIsCpu(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.Tensor.pin_memory and torch.cuda.is_current_stream_capturing():
+            raise graphs.CaptureError("pin_memory while a CUDA graph is captured")
         if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
             return args[0]
         if func is torch.device and args and isinstance(args[0], int):

@@ -28,9 +28,18 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
             output = _storage_class(output)(**output.get_metadata())
     else:
         fit_copies(output, quantizer)
-    if tensor.numel() and (noop is None or not noop.item()):
+    if tensor.numel():
+        before = [] if noop is None else [(part, part.clone()) for part in _parts(output, quantizer)]
         kernel(tensor.detach(), quantizer, output)
+        for part, value in before:  # not `if noop`: a CUDA graph decides anew at every replay
+            part.copy_(torch.where(noop.bool().squeeze(), value, part))
     return output
+
+
+def _parts(output: Any, quantizer: Any) -> list[Tensor]:
+    """All that a kernel writes to."""
+    owners = (output.get_metadata(), vars(quantizer))
+    return [part for owner in owners for part in owner.values() if type(part) is Tensor]
 
 
 def _kernel(quantizer: Any) -> Callable[[Tensor, Any, Any], None]:
