@@ -125,7 +125,10 @@ def test_a_signal_leaves_no_process_and_the_figures_so_far(number: signal.Signal
         while time.monotonic() < deadline and not (output.is_file() and '"step_seconds": [\n' in output.read_text()):
             time.sleep(0.5)
         process.send_signal(number)
-        out, error = process.communicate(timeout=60)
+        try:
+            out, error = process.communicate(timeout=60)
+        finally:
+            process.kill()  # else one that does not end is waited for
     assert process.returncode == status, error[-3000:]
     assert "Traceback" not in error
     found = measured.read(output)

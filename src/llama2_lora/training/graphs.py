@@ -62,6 +62,19 @@ def without_layer_graphs(model: torch.nn.Module) -> Iterator[None]:
             layer._modules[MANAGER] = manager
 
 
+@contextmanager
+def without_graphs(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, nothing is captured and nothing replayed; the graphs stay."""
+    config = next(module.config for module in model.modules() if isinstance(module, TransformerLayer))
+    scope = config.cuda_graph_scope
+    with without_layer_graphs(model):
+        config.cuda_graph_scope = "full"  # NeMo asks for the other one before it wraps a step (megatron_parallel.py)
+        try:
+            yield
+        finally:
+            config.cuda_graph_scope = scope
+
+
 def drop_graphs(model: torch.nn.Module) -> None:
     """Forget all graphs and give back their memory."""
     for stage, graph in FullCudaGraphWrapper.cuda_graph.items():

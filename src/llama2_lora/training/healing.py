@@ -61,12 +61,14 @@ def switch_to_fp8(model: torch.nn.Module, fp8_format: str) -> None:
 @contextmanager
 def switched_for_now(model: torch.nn.Module, fp8_format: str) -> Iterator[None]:
     """Inside, `model` is as switch_to_fp8 leaves it; afterwards as before, with the weights and quantizers that it had."""
+    flag = FP8GlobalStateManager.skip_fp8_weight_update_tensor  # graphs of layers read it at every replay
     with _kept(model):
         switch_to_fp8(model, fp8_format)
         try:
             yield
         finally:
             FP8GlobalStateManager.reset()  # it lists every amax history that it has met, and would go on reducing them
+            FP8GlobalStateManager.skip_fp8_weight_update_tensor = flag
 
 
 @contextmanager

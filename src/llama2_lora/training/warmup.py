@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 
 from llama2_lora.config.settings import Settings
 from llama2_lora.training.data import Sampler, synthetic_batches
-from llama2_lora.training.graphs import rebuild_graphs
+from llama2_lora.training.graphs import without_graphs
 from llama2_lora.training.healing import switched_for_now
 
 # Of the layers, those that are warmed up in FP8 too, since weights in FP4 and FP8 of all would not fit: kernels and shapes are
@@ -41,15 +41,15 @@ class WarmUp(pl.Callback):
 
 def warm_up(trainer: pl.Trainer, settings: Settings) -> None:
     """WARMUP_TRAIN_STEPS optimizer steps and WARMUP_VALIDATION_STEPS forward passes on random tokens; with FP4_HEAL_STEP as
-    many before, as they run after the switch."""
+    many again as they run after the switch."""
     model, p = trainer.strategy.megatron_parallel, settings.precision
     with preserved_state(trainer):
-        if p.fp4_heal_step is not None:
-            with first_layers(block_of(model), HEALED_LAYERS), switched_for_now(model, p.fp8_format):
+        _steps(trainer, settings)
+        # Transformer Engine's offloading counts all layers: with some of them, the backward pass asks for what never left (2.9)
+        if p.fp4_heal_step is not None and not settings.performance.offload_layers:
+            # Without graphs: those of the first phase stay, those of the second hold all layers and are made in its first steps
+            with first_layers(block_of(model), HEALED_LAYERS), without_graphs(model), switched_for_now(model, p.fp8_format):
                 _steps(trainer, settings)
-            if settings.performance.graphs != "none":
-                rebuild_graphs(model)
-        _steps(trainer, settings)  # last: the graphs that it makes are those of the first step
 
 
 def _steps(trainer: pl.Trainer, settings: Settings) -> None:
