@@ -103,7 +103,7 @@ def describe_build(shape: LlamaShape, meta: bool) -> dict:
                 name: type(buffer).__name__
                 for callback in trainer.callbacks
                 for name, buffer in vars(getattr(callback, "tp_comm_overlap_cfg", None) or SimpleNamespace()).items()
-                if buffer is not None
+                if buffer is not None and name != "__io__"  # NeMo's record of the arguments
             },
             "callbacks": [type(callback).__name__ for callback in trainer.callbacks],
             "eval_steps": list(trainer.fit_loop.epoch_loop.eval_steps)[:3],

@@ -143,7 +143,7 @@ class Kernels:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Performance:
     """What changes speed and memory, not the result."""
-    tp_comm_overlap: bool = _setting("TP_COMM_OVERLAP", False, "Overlap tensor-parallel communication with GEMMs through userbuffers; needs SP")
+    tp_comm_overlap: bool = _setting("TP_COMM_OVERLAP", False, "Overlap tensor-parallel communication with GEMMs through userbuffers; needs SP, excludes FP4, FP8_RECIPE=blockwise, BF16_FIRST_LAYERS and BF16_LAST_LAYERS")
     recompute: str = _setting("RECOMPUTE", "none", "Activation recomputation", choices=("none", "selective", "full"))
     graphs: str = _setting("CUDA_GRAPHS", "none", "What the GPU repeats without the host: every `layer` of a training step, or the whole `iteration`, evaluation too: wins where the host is slower than the GPU, that is few tokens a GPU; keeps the dropout masks (a byte a value); needs PP=1 and warm-up steps, excludes RECOMPUTE and CPU_OFFLOAD_LAYERS", choices=("none", "layer", "iteration"))
     offload_layers: int = _setting("CPU_OFFLOAD_LAYERS", 0, "Layers whose activations are offloaded to host memory", low=0, unit="layers")
