@@ -103,8 +103,8 @@ def test_graphs_change_nothing(kind: str, precision: dict[str, str], tiny_bf16: 
         assert np.abs(adapters[1][name] - matrix).max() <= 0.02 * np.abs(matrix).max(), name
 
 
-def test_graphs_draw_a_new_mask_each_step(tiny_bf16: Tiny, tmp_path: Path) -> None:
-    """With dropout both kinds draw the same masks, step by step, and none in an evaluation."""
+def test_both_kinds_of_graphs_draw_the_same_masks(tiny_bf16: Tiny, tmp_path: Path) -> None:
+    """With dropout, step by step: from the same generators, and none in an evaluation."""
     logs = []
     for kind in ("layer", "iteration"):
         (folder := tmp_path / kind).mkdir()

@@ -18,6 +18,8 @@ ONE_RANK = {
     "offload": {"CPU_OFFLOAD_LAYERS": "1"},
     "warmup": {"WARMUP_TRAIN_STEPS": "2", "WARMUP_VALIDATION_STEPS": "2"},
     "quiet_log": {"LOG_EVERY_STEPS": "5"},
+    "graphs_layer": {"CUDA_GRAPHS": "layer", "WARMUP_TRAIN_STEPS": "2"},
+    "graphs_iteration": {"CUDA_GRAPHS": "iteration", "WARMUP_TRAIN_STEPS": "2", "WARMUP_VALIDATION_STEPS": "2"},
 }
 PIPELINE = {
     "pp_recompute_selective": {"PP": "2", "RECOMPUTE": "selective"},
