@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llama2_lora.config import rules, schedule
-from llama2_lora.config.conflicts import FIXED_IN_CLOSED
+from llama2_lora.config.conflicts.closed import FIXED_IN_CLOSED
 from llama2_lora.config.settings import FIELDS, Settings
 from llama2_lora.config.shapes import shape_conflicts
 from llama2_lora.findings import Finding
