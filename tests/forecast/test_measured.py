@@ -19,6 +19,7 @@ from llama2_lora.config.shell import source
 from llama2_lora.forecast import measured
 from llama2_lora.forecast.measured import Measured, MeasuredMemory, MemoryItem, Names, Pass
 from llama2_lora.forecast.plan import plan
+from llama2_lora.forecast.times import Times
 from llama2_lora.forecast.timing import FITTED, HEAL_SECONDS
 
 CONFIG = ROOT / "config_DGXH100_1x8x4.sh"
@@ -171,14 +172,16 @@ def of(config: str, few: Measured, **changes: str) -> tuple[Measured, Settings]:
     return replace(few, settings=decided, gpu=part, accelerator=part, passes=[Pass(80, [3.3], 1.3)]), settings
 
 
+def forecasts(config: str, few: Measured, **changes: str) -> list[Times]:
+    """Of its measured rank: as it is, and changed."""
+    found = [plan(settings, rank).forecast for rank, settings in (of(config, few), of(config, few, **changes))]
+    assert all(found)
+    return found
+
+
 def test_a_run_in_fp4_is_forecast_with_its_healing(few: Measured) -> None:
     """GBS 8: 350 steps in FP4, the pause, and slower steps for the rest of the run; without FP4_HEAL_STEP none of it."""
-    found, stays = (
-        plan(settings, rank).forecast
-        for rank, settings in (of("config_DGXB200_FP4_1x8x1.sh", few), of("config_DGXB200_FP4_1x8x1.sh", few, FP4_HEAL_STEP=""))
-    )
-    assert found
-    assert stays
+    found, stays = forecasts("config_DGXB200_FP4_1x8x1.sh", few, FP4_HEAL_STEP="")
     assert (stays.fp4_step_seconds, stays.healed_step_seconds) == (None, None)
     assert found.fp4_step_seconds == stays.step_seconds
     fp4, fp8 = found.fp4_step_seconds.middle, found.healed_step_seconds.middle
@@ -190,12 +193,7 @@ def test_a_run_in_fp4_is_forecast_with_its_healing(few: Measured) -> None:
 
 def test_an_evaluation_of_whole_rows_waits_for_no_context_parallel_neighbour(few: Measured) -> None:
     """CP8, TP1: with VAL_CP=1 nothing is exchanged, so the cluster adds stragglers alone to the measured evaluation."""
-    cut, whole = (
-        plan(settings, rank).forecast
-        for rank, settings in (of("config_GB200_18x4x1.sh", few), of("config_GB200_18x4x1.sh", few, VAL_CP="1"))
-    )
-    assert cut
-    assert whole
+    cut, whole = forecasts("config_GB200_18x4x1.sh", few, VAL_CP="1")
     assert whole.step_seconds == cut.step_seconds
     stragglers = 1 + FITTED.near_stragglers * math.log2(72)
     assert whole.eval_seconds.middle == pytest.approx(1.3 * stragglers)
