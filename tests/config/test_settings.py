@@ -158,4 +158,4 @@ def test_paths_are_checked_together(tmp_path: Path) -> None:
 
 def test_page_of_settings_is_made_from_the_fields() -> None:
     page = (ROOT / "docs/settings.md").read_text()
-    assert page == settings_page(), "run: PYTHONPATH=src python -m llama2_lora.config.settings > docs/settings.md"
+    assert page == settings_page(), "run: PYTHONPATH=src python -m llama2_lora.config.page > docs/settings.md"

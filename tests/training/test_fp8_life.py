@@ -61,7 +61,6 @@ def watch_build(report: dict[str, Any], model: Any) -> None:
         report["weights"] = len(weights)
         report["transposed"] = sum(weight._transpose is not None for weight in weights)
         report["host copies"] = sum(hasattr(weight, "get_high_precision_init_val") for weight in weights)
-        report["tp_only_amax_red"] = self.config.tp_only_amax_red
 
     model.LoraLlama.configure_model = watched
 

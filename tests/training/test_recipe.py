@@ -213,6 +213,7 @@ def test_fp8_is_delayed_scaling_as_the_config_says(built: dict) -> None:
         "recompute_granularity": "None",
         "cpu_offloading": "False",
         "tp_comm_overlap": "True",
+        "tp_only_amax_red": "True",
         "tp_comm_bulk_wgrad": "False",
         "tp_comm_bulk_dgrad": "False",
         "tp_comm_overlap_rs_dgrad": "True",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
@@ -12,7 +13,7 @@ from llama2_lora.config.values import type_name
 def settings_page() -> str:
     """docs/settings.md: a table for each group."""
     lines = ["# Settings", "", "*For whoever writes a config, or wonders what a variable does.*"]
-    lines += ["Made by `python -m llama2_lora.config.settings > docs/settings.md`: do not edit.", ""]
+    lines += ["Made by `python -m llama2_lora.config.page > docs/settings.md`: do not edit.", ""]
     lines.append("A config exports these; an empty one counts as unset. `scripts/preflight.py` checks them all at once.")
     for name, group in GROUPS.items():
         lines += ["", f"## {name.capitalize()}", "", group.__doc__ or "", "", "| variable | default | values | meaning |"]
@@ -27,3 +28,7 @@ def _markdown_row(f: Field[Any]) -> str:
     choices = ("0", "1") if type_name(f) == "bool" else meta["choices"]
     values = " ".join(f"`{c}`" for c in choices if c) or meta["unit"]
     return f"| `{meta['variable']}` | {shown} | {values} | {meta['doc']} |"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(settings_page())

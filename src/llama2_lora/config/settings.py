@@ -1,15 +1,14 @@
 """The only reader of the environment: shell variables -> one frozen `Settings` value.
 
 Each field is one line: default, variable, unit or choices, what it does; its type chooses the parser (values.py). What
-excludes what is in conflicts.py. `Settings.from_env()` parses and checks all of them and reports every problem at once.
-`python -m llama2_lora.config.settings > docs/settings.md` writes the table of settings.
+excludes what is in conflicts/. `Settings.from_env()` parses and checks all of them and reports every problem at once.
+`python -m llama2_lora.config.page > docs/settings.md` writes the table of settings.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
 from typing import Any, get_type_hints
@@ -267,9 +266,3 @@ FIELDS: dict[str, tuple[str, Field[Any]]] = {  # by variable: the group's attrib
 def variables() -> frozenset[str]:
     """Names of all environment variables that this module reads."""
     return frozenset(FIELDS)
-
-
-if __name__ == "__main__":
-    from llama2_lora.config.page import settings_page
-
-    sys.stdout.write(settings_page())

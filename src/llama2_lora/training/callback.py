@@ -22,6 +22,7 @@ from mlperf_logging.mllog import constants
 from llama2_lora.config.settings import Settings
 from llama2_lora.mlperf_log import MLPerfLog, submission_values
 from llama2_lora.training.adapter import SeededLoRA, adapter_weights
+from llama2_lora.training.shared_callback import SharedCallback
 
 if TYPE_CHECKING:
     from llama2_lora.training.warmup import WarmUp  # which warms up what healing.py switches to, which logs precisions()
@@ -31,7 +32,7 @@ class NonFiniteLoss(RuntimeError):
     """A loss is NaN or infinite: the run ends at once."""
 
 
-class MLPerfCallback(pl.Callback):
+class MLPerfCallback(SharedCallback):
     """One run's log. Add it after LoRA's callback, which builds adapters and optimizer, and after the warm-up's."""
 
     def __init__(self, settings: Settings, log: MLPerfLog, seed: int, warm_up: WarmUp) -> None:
@@ -40,9 +41,6 @@ class MLPerfCallback(pl.Callback):
         self.reached_target = False
         self.block_start_samples = 0
         self.block_start_time = self.eval_start_time = 0.0
-
-    def __deepcopy__(self, memo: dict) -> MLPerfCallback:
-        return self  # NeMo records its callbacks' arguments by copying them; there is one log
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.mlperf_log.describe(submission_values(self.settings))

@@ -22,16 +22,14 @@ from llama2_lora.mlperf_log import MLPerfLog
 from llama2_lora.training.callback import precisions
 from llama2_lora.training.graphs import rebuild_graphs
 from llama2_lora.training.model import prepare_fp8_weights
+from llama2_lora.training.shared_callback import SharedCallback
 
 
-class Heal(pl.Callback):
+class Heal(SharedCallback):
     """Switch the linear layers to FP8 before step FP4_HEAL_STEP + 1, the first one that runs in FP8."""
 
     def __init__(self, settings: Settings, log: MLPerfLog) -> None:
         self.settings, self.mlperf_log = settings, log
-
-    def __deepcopy__(self, memo: dict) -> Heal:
-        return self  # NeMo records its callbacks' arguments by copying them
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.settings.precision.fp4_heal_step:

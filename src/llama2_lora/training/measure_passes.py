@@ -20,6 +20,7 @@ from llama2_lora.training.data import Sampler, synthetic_batches
 from llama2_lora.training.measure_memory import kept_for_backward, memory_items
 from llama2_lora.training.measure_ring import echoing_ring
 from llama2_lora.training.run import no_garbage_collection, quiet_libraries, unset_attention_choices
+from llama2_lora.training.shared_callback import SharedCallback
 from llama2_lora.training.warmup import _train_step, _validation_step, block_of, first_layers, warm_up
 
 SEED = 1
@@ -60,14 +61,11 @@ class NoData(pl.LightningDataModule):
         return WrappedDataLoader(mode="validation", dataset=[{}], batch_sampler=[[0]])
 
 
-class Passes(pl.Callback):
+class Passes(SharedCallback):
     """Measures when the adapter and the optimizer are there, then ends the fit before its first batch."""
 
     def __init__(self, settings: Settings, steps: int, found: Measured, save: Callable[[], None]) -> None:
         self.settings, self.steps, self.found, self.save = settings, steps, found, save
-
-    def __deepcopy__(self, memo: dict) -> Passes:
-        return self  # NeMo records its callbacks' arguments by copying them
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trainer.should_stop = True

@@ -28,11 +28,12 @@ import torch
 from llama2_lora.config.settings import Settings
 from llama2_lora.judge.observed import StepTimes, folder_of, write
 from llama2_lora.node import power
+from llama2_lora.training.shared_callback import SharedCallback
 
 MEMORY_EVENTS = 200_000  # of the allocator, the last ones kept
 
 
-class Observe(pl.Callback):
+class Observe(SharedCallback):
     """Add it after the log's callback: then its last hook comes after run_stop."""
 
     def __init__(self, settings: Settings, seed: int) -> None:
@@ -44,9 +45,6 @@ class Observe(pl.Callback):
             self.watchers = []
         self.watchers += [OwnTimes(settings)] * o.step_times
         self.watchers += [PowerLog(settings)] * (o.power_seconds > 0 and settings.system.local_rank == 0)
-
-    def __deepcopy__(self, memo: dict) -> Observe:
-        return self  # NeMo records its callbacks' arguments by copying them
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for watcher in self.watchers:

@@ -18,20 +18,18 @@ from llama2_lora.config.settings import Settings
 from llama2_lora.training.data import Sampler, synthetic_batches
 from llama2_lora.training.graphs import without_graphs
 from llama2_lora.training.healing import switched_for_now
+from llama2_lora.training.shared_callback import SharedCallback
 
 # Of the layers, those that are warmed up in FP8 too, since weights in FP4 and FP8 of all would not fit: kernels and shapes are
 # alike in all but the first one, whose input asks for no gradient.
 HEALED_LAYERS = 2
 
 
-class WarmUp(pl.Callback):
+class WarmUp(SharedCallback):
     """The warm-up before the first step; `seconds` is what it took. Add it after LoRA's callback, before the log's."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.seconds = settings, 0.0
-
-    def __deepcopy__(self, memo: dict) -> WarmUp:
-        return self  # NeMo records its callbacks' arguments by copying them
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         started = time.monotonic()

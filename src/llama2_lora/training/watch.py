@@ -23,13 +23,15 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from llama2_lora.training.shared_callback import SharedCallback
+
 BEAT_SECONDS = 5
 SILENT_SECONDS = 120  # longer than reading one file of a checkpoint, which may hold Python's lock, from a slow disk
 STALLED_SECONDS = 600  # the longest step and the longest evaluation take less than a minute
 FIRST_BEAT_SECONDS = 300  # ranks that still import
 
 
-class Watch(pl.Callback):
+class Watch(SharedCallback):
     """A context around the fit and one of its callbacks. `end` is called, in the thread, with what is wrong."""
 
     def __init__(self, rank: int, ranks: int, store: torch.distributed.Store, end: Callable[[str], None]) -> None:
@@ -43,9 +45,6 @@ class Watch(pl.Callback):
         self.idle = 0  # beats in a row without a finished step
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
-
-    def __deepcopy__(self, memo: dict) -> Watch:
-        return self  # NeMo records its callbacks' arguments by copying them
 
     def __enter__(self) -> Watch:
         self.thread.start()
