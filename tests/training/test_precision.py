@@ -14,7 +14,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from helpers.environments import VALID
 from llama2_lora.config.settings import Settings
 from llama2_lora.llama2 import LLAMA2_70B
-from llama2_lora.training.callback import MLPerfCallback, NonFiniteLoss, precisions
+from llama2_lora.training.built import precisions
+from llama2_lora.training.callback import MLPerfCallback, NonFiniteLoss
 from llama2_lora.training.cpu import cpu_platform
 from llama2_lora.training.warmup import WarmUp
 

@@ -64,7 +64,7 @@ def describe_build(shape: LlamaShape, meta: bool) -> dict:
 
         from llama2_lora.training import recipe
         from llama2_lora.training.adapter import adapter_weights
-        from llama2_lora.training.callback import precisions
+        from llama2_lora.training.built import precisions
 
         strategy = recipe.build_strategy(settings, SEED, store=FakeStore())
         strategy._process_group_backend = "fake"

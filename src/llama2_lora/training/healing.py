@@ -19,7 +19,7 @@ from transformer_engine.pytorch.tensor.nvfp4_tensor import NVFP4Tensor
 
 from llama2_lora.config.settings import Settings
 from llama2_lora.mlperf_log import MLPerfLog
-from llama2_lora.training.callback import precisions
+from llama2_lora.training.built import precisions
 from llama2_lora.training.graphs import rebuild_graphs
 from llama2_lora.training.model import prepare_fp8_weights
 from llama2_lora.training.shared_callback import SharedCallback
