@@ -41,6 +41,12 @@ def test_evaluation_of_whole_rows_stays_one() -> None:
     assert (run.parallel.cp, run.parallel.evaluation_cp) == (2, 1)
 
 
+def test_graphs_keep_the_warm_up_that_makes_them() -> None:
+    graphs = VALID | {"CUDA_GRAPHS": "iteration", "WARMUP_TRAIN_STEPS": "5", "WARMUP_VALIDATION_STEPS": "5"}
+    run = Settings.from_env(graphs | reduced(Settings.from_env(graphs)))
+    assert (run.performance.warmup_train_steps, run.performance.warmup_validation_steps) == (2, 2)
+
+
 def test_only_changes_are_printed() -> None:
     found = [*lines(Settings.from_env(VALID | {"WARMUP_TRAIN_STEPS": "1"}))]
     assert "export TP=2 # in place of 4" in found

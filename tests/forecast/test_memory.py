@@ -100,6 +100,16 @@ def test_what_graphs_keep() -> None:
     assert extra == pytest.approx([0, working, logits + working])
 
 
+def test_healed_layers_are_warmed_up_beside_graphs() -> None:
+    """Two FP8 layers: 68.451e9 / 80 = 0.8556 GB of weights each, and 1/80 of a step's activations."""
+    run = {"WARMUP_TRAIN_STEPS": "2", "FP4": "1", "FP4_PARAMS": "1", "FP4_HEAL_STEP": "350", "CUDA_GRAPHS": "layer"}
+    healed = account("B200", 1, 8, 1, **run)
+    expected = 2 * (68.451 / 80 + gigabytes(healed, "activations") / 80)
+    assert gigabytes(healed, "warm-up of the healed") == pytest.approx(expected, rel=1e-4)
+    for without in ("CUDA_GRAPHS", "FP4_HEAL_STEP"):
+        assert gigabytes(account("B200", 1, 8, 1, **(run | {without: ""})), "warm-up of the healed") == 0
+
+
 def test_activations_of_one_layer_by_hand() -> None:
     """TP4 SP on 8,192 tokens; tokens * hidden = 67.1e6, a quarter of it 16.8e6; tokens * FFN = 234.9e6."""
     s = settings(1, 8, 4, **H100_TP4)

@@ -24,7 +24,7 @@ from helpers.many_runs import Done, run_many
 from helpers.training_runs import Tiny
 
 TOLERANCE = 1e-6
-STEPS, HEAL = 8, 4
+STEPS, HEAL, LAYERS = 8, 4, 2
 SHORT = {"MAX_STEPS": str(STEPS), "EVAL_EVERY_SEQUENCES": "32", "EVAL_SKIP": "0"}
 SHORT |= {"WARMUP_TRAIN_STEPS": "2", "WARMUP_VALIDATION_STEPS": "2"}
 ONE_RANK = {
@@ -32,6 +32,7 @@ ONE_RANK = {
     "fp8": {"FP8": "1", "FP8_DPA": "1"},
     "fp8_weights": {"FP8": "1", "FP8_PARAMS": "1", "FP8_AMAX_ALGO": "max"},
     # Megatron makes a layer's graphs by running it, and what is made in the run draws masks of its own.
+    "unhealed": {"FP4": "1", "LORA_DROPOUT": "0"},
     "healed": {"FP4": "1", "FP4_HEAL_STEP": str(HEAL), "LORA_DROPOUT": "0"},
 }
 TWO_RANKS = {
@@ -44,9 +45,37 @@ KINDS = ("layer", "iteration")
 
 
 def worker(folder: Path, environments: dict[str, dict[str, str]]) -> None:
+    calls = watch_replays()
     for name, environment in environments.items():
+        calls.clear()
         with never_replayed() if name.startswith("eager") else nullcontext():
             many_runs.worker(folder, {name: environment})
+        (folder / name / "calls.json").write_text(json.dumps(calls))
+
+
+def watch_replays() -> list[str]:
+    """Replays, copies to where a graph reads its batch, and the waits of the stream that copies, in order."""
+    from llama2_lora.training.cpu import cpu_platform, device
+    from llama2_lora.training.cpu import graphs as stand_in
+
+    with cpu_platform():
+        from megatron.core import full_cuda_graph
+
+    calls: list[str] = []
+
+    def watched(owner: Any, name: str, what: str) -> None:
+        function = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls.append(what)
+            return function(*arguments, **options)
+
+        setattr(owner, name, call)
+
+    watched(stand_in.CUDAGraph, "replay", "replay")
+    watched(full_cuda_graph, "clone_tensors_in_struct", "copy")
+    watched(device.Stream, "wait_stream", "wait")
+    return calls
 
 
 @contextmanager
@@ -109,7 +138,33 @@ def test_the_compared_runs_differ(one_rank: dict[str, Done]) -> None:
     """Without this the comparisons could be of runs that do nothing."""
     losses = {name: one_rank[f"eager {name}"].losses()["train_loss"] for name in ONE_RANK}
     assert losses["fp8"] != losses["fp32"]
-    assert losses["healed"][HEAL:] != losses["fp32"][HEAL:]
+    assert losses["healed"][:HEAL] == losses["unhealed"][:HEAL]
+    assert all(one != other for one, other in zip(losses["healed"][HEAL:], losses["unhealed"][HEAL:], strict=True))
+
+
+@pytest.mark.parametrize("case", ONE_RANK)
+def test_graphs_are_replayed(case: str, one_rank: dict[str, Done]) -> None:
+    """But for the step that makes them: an iteration's once a step, a layer's forward and backward."""
+    replays = {kind: calls(one_rank[f"{kind} {case}"]).count("replay") for kind in ("eager", *KINDS)}
+    assert replays["eager"] == 0
+    assert replays["iteration"] >= STEPS - 1
+    assert replays["layer"] >= 2 * LAYERS * (STEPS - 1)
+
+
+def test_a_batch_is_copied_after_the_replay_that_reads_the_one_before(one_rank: dict[str, Done]) -> None:
+    found = calls(one_rank["iteration fp32"])
+    copies = [number for number, call in enumerate(found) if call == "copy"]
+    assert len(copies) >= STEPS
+    for number in copies:
+        assert "wait" in found[last_replay(found, number) : number]
+
+
+def calls(run: Done) -> list[str]:
+    return json.loads((run.folder / "calls.json").read_text())
+
+
+def last_replay(found: list[str], before: int) -> int:
+    return max((number for number in range(before) if found[number] == "replay"), default=0)
 
 
 # ---- The stand-in ----------------------------------------------------------------------------------------------------

@@ -45,8 +45,8 @@ def reduced(settings: Settings) -> dict[str, str]:
         changes["VAL_CP"] = str(min(p.validation_cp, 2))
     if precision.fp4_heal_step is not None:  # at the same share of the run, before the first evaluation
         changes["FP4_HEAL_STEP"] = str(max(1, precision.fp4_heal_step * STEPS // settings.optimization.max_steps))
-    for name in ("WARMUP_TRAIN_STEPS", "WARMUP_VALIDATION_STEPS"):
-        changes[name] = str(min(settings.value(name), 1))
+    for name in ("WARMUP_TRAIN_STEPS", "WARMUP_VALIDATION_STEPS"):  # CUDA graphs are made in the second
+        changes[name] = str(min(settings.value(name), 1 if settings.performance.graphs == "none" else 2))
     return changes
 
 

@@ -112,9 +112,11 @@ def items(settings: Settings, shape: LlamaShape, accelerator: Accelerator, softw
         *_adapter(settings, shape),
         *step,
         _evaluation(settings, shape, free_then),
+        _healed_warm_up(settings, shape, software),
         _restore(settings, shape, step_bytes),
     ]
-    slack = ALLOCATOR_SLACK * sum(item.bytes for item in found)
+    # Beside CUDA graphs segments do not grow, and there are pools: training's, an evaluation's, all that is outside.
+    slack = ALLOCATOR_SLACK * (1 if settings.performance.graphs == "none" else 2) * sum(item.bytes for item in found)
     found += [Item("allocator slack", slack, "E"), *_libraries(settings, shape)]
     return tuple(item for item in found if item.bytes)
 
@@ -242,6 +244,14 @@ def _evaluation(settings: Settings, shape: LlamaShape, free_bytes: float) -> Ite
     tokens = settings.batch.sequence_length / settings.parallel.evaluation_cp * micro
     needed = _logits(settings, shape, tokens).bytes + _working_set(settings, shape, tokens).bytes
     return Item(f"evaluation with VAL_MBS={micro}, beyond a step", max(0.0, needed - free_bytes), "E")
+
+
+def _healed_warm_up(settings: Settings, shape: LlamaShape, software: Software) -> Item:
+    """The warm-up of what follows FP4_HEAL_STEP: two layers (training/warmup.py), beside graphs that keep a step's memory."""
+    layers = 0 if settings.performance.graphs == "none" or settings.precision.fp4_heal_step is None else 2
+    weights = FP8 * linear_parameters(shape) / shape.layers / settings.parallel.tp
+    activations = sum(item.bytes for item in layer_activations(settings, shape, software))
+    return Item("warm-up of the healed layers, beside graphs", layers * (weights + activations), "E")
 
 
 def restore_bytes(settings: Settings, shape: LlamaShape) -> float:

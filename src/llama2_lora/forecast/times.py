@@ -53,7 +53,8 @@ def times_of(settings: Settings, part: Accelerator, steps: float, spread: float,
     run_of = (work, steps * gbs, evaluations, spread)
     found = forecast(*run_of) if rank is None else forecast_of_rank(*run_of, rank)
     run = found["run_minutes"]
-    saves = settings.parallel.sequence_parallel and rank is None and not work.amd and work.precision != "fp4"
+    # Without the overlap, the gather that our adapter leaves to the layer is as exposed as the adapter's was.
+    saves = settings.performance.tp_comm_overlap and rank is None and not work.amd and work.precision != "fp4"
     return Times(
         **found,
         our_step_seconds=step_seconds_with_our_adapter(work) if saves else None,

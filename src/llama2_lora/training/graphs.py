@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core import full_cuda_graph
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper, StaticBufferLoader
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer import cuda_graphs
@@ -36,11 +37,28 @@ def configure(config: Any, graphs: str) -> None:
     implementations = {"layer": ("local", "full"), "iteration": ("none", ITERATION_SCOPE)}
     config.cuda_graph_impl, config.cuda_graph_scope = implementations[graphs]
     cuda_graphs.HAVE_TQDM = False  # a progress bar a rank
+    full_cuda_graph.StaticBufferLoader = LoaderAfterReplay
+
+
+class LoaderAfterReplay(StaticBufferLoader):
+    """Megatron's, which copies a micro-batch to where an iteration's graph reads it, on a stream of its own.
+
+    Megatron 0.15.3 lets the graph wait for the copy, not the copy for the graph before: where no step reads a value on the host
+    (clipping.py), the next batch overwrites labels that a running graph has not read yet.
+    """
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        return super().__call__(*arguments)
 
 
 def unset_expandable_segments() -> None:
-    """Forget the allocator's option, which config_common.sh sets: Megatron 0.15.3 refuses it beside graphs (cuda_graphs.py)."""
-    os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)  # noqa: TID251  taken away, not read
+    """Forget the allocator's option, which config_common.sh sets: Megatron 0.15.3 refuses it beside graphs (cuda_graphs.py).
+    Torch reads it at the first allocation."""
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):  # the second name is torch 2.9's
+        options = os.environ.pop(name, "").split(",")  # noqa: TID251  put back without one of them
+        if kept := [option for option in options if option and not option.startswith("expandable_segments")]:
+            os.environ[name] = ",".join(kept)  # noqa: TID251
 
 
 def keep_rotations(model: torch.nn.Module) -> None:
