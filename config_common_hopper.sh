@@ -17,7 +17,7 @@ export SP=1 TP_COMM_OVERLAP=1 # userbuffers hide the tensor-parallel collectives
 # One hardware queue, so that a collective that was launched before a GEMM also starts before it: Megatron's overlap of
 # tensor and context parallelism depends on that order.
 export CUDA_DEVICE_MAX_CONNECTIONS=1
-# NVLink SHARP buffers take up to 2 GB per GPU; the TP traffic goes through userbuffers, DP traffic is 90 MB a step.
+# NVLink SHARP buffers take up to 2 GB per GPU; the TP traffic goes through userbuffers, DP traffic is 54 MB of gradients a step (TP4).
 export NCCL_NVLS_ENABLE=0
 
 # Synthetic steps before the clock: kernels, cuBLAS heuristics and communicators exist when it starts.

@@ -3,7 +3,7 @@
 
     python scripts/convert_model.py --output_path /data/model
 
-The weights are copied piece by piece: no GPU, no NeMo, and less than 100 MB of memory (--format torch_dist: 1 GB). A call
+The weights are copied piece by piece: no GPU, no NeMo, and less than 100 MB of memory (torch_dist: 1.4 GB). A call
 that was stopped is continued by the next one; OUTPUT/weights is there only when it is complete. The source is a folder with
 config.json, the tokenizer and the weights, or a repository on the hub: files that lie under HF_HOME already are used, others
 are downloaded with the token in HF_TOKEN, whose account must have been granted access.

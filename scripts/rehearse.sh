@@ -6,8 +6,8 @@
 #   scripts/rehearse.sh --config F   a few steps of a cluster's config_*.sh on two or four CPU ranks, with its precision, overlap
 #                                    and healing; every value that is reduced is shown. TARGET_LOSS is 10 unless it is set
 # What it makes lies in rehearsal/ (REHEARSAL_DIR), and is used again as long as it is up to date. The run itself is run.sub's,
-# without Slurm and without a container. Exit status: 0 the run reached the target and its log passes the compliance checker;
-# 2 wrong use; else not.
+# without Slurm and without a container. Exit status: 0 the run reached the target and its log passes the compliance checker
+# (--config: it trained and evaluated); 2 wrong use; else not.
 set -euo pipefail
 
 readonly WORK="${REHEARSAL_DIR:-rehearsal}"
