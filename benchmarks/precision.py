@@ -55,7 +55,7 @@ def environment(precision: dict[str, str], seed: int, steps: int, folder: Path, 
             "LOG_EVERY_STEPS": "1",
             "SEED": str(seed),
             "DATA_PATH": str(folder / "data/gov_report"),
-            "CKPT_PATH": str(folder / "checkpoint"),
+            "CKPT_PATH": str(folder / "checkpoint_fp32"),
             "RESULTS_PATH": str(results),
         }
         | precision

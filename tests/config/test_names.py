@@ -28,7 +28,13 @@ def told(*names: str, ours: bool) -> list[str]:
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("MAX_STEP", "MAX_STEPS"), ("FP8_PARAM", "FP8_PARAMS"), ("WARMUP_STEPS", "WARMUP_TRAIN_STEPS"), ("DATA_DIR", "DATADIR")],
+    [
+        ("MAX_STEP", "MAX_STEPS"),
+        ("FP8_PARAM", "FP8_PARAMS"),
+        ("WARMUP_STEPS", "WARMUP_TRAIN_STEPS"),
+        ("DATA_DIR", "DATADIR"),
+        ("CUDA_GRAPH", "CUDA_GRAPHS"),
+    ],
 )
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_misspelt_name_says_what_is_meant(name: str, meant: str, ours: bool) -> None:

@@ -71,7 +71,7 @@ def test_the_file_holds_it_all(few: Measured, tmp_path: Path) -> None:
     assert measured.read(tmp_path / "m.json") == few
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 99}', '{"format": 1, "passes": 3}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 99}', '{"format": 2, "passes": 3}'])
 def test_another_file_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "other.json"
     path.write_text(text)

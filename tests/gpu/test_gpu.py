@@ -1,4 +1,4 @@
-"""On a GPU: the emulated kernels against the real ones, FP8 weights through a whole run, memory against its account."""
+"""On a GPU: emulated kernels against the real ones, an FP8 run, graphs against none, memory against its account."""
 
 from __future__ import annotations
 

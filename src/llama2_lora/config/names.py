@@ -31,9 +31,9 @@ def unknown(names: Iterable[str], ours: bool) -> Iterator[Finding]:
     is an error, since the config means what will not happen. Otherwise they are a whole shell's, where it is a warning."""
     known = variables() | LAUNCHER
     for name in sorted(set(names) - known):
-        if name.startswith(LIBRARIES):
-            continue
         close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5 if name.startswith(OURS) else CLOSE)
+        if name.startswith(LIBRARIES) and not close:
+            continue
         like_a_setting = bool(close) or name.startswith(OURS)
         if ours or like_a_setting:
             meant = f"; is {close[0]} meant?" if close else ""

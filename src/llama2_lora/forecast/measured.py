@@ -20,12 +20,13 @@ from llama2_lora.config.settings import Settings
 from llama2_lora.findings import Finding
 from llama2_lora.forecast.memory import Item, Memory
 
-FORMAT = 1
+FORMAT = 2
 NOT_FINITE = "values became infinite or NaN on the measured rank: such products draw less power, so times may be too short"
 # What decides the work and the memory of one rank. TP_COMM_OVERLAP does not: it needs the other ranks.
 DECIDING = (
     *("TP", "PP", "CP", "CP_COMM", "VAL_CP", "SP", "MINIBS", "MBS", "VAL_MBS", "MAX_SEQLEN", "LORA_RANK", "LORA_DROPOUT"),
-    *("FP8", "FP8_RECIPE", "FP8_DPA", "FP8_PARAMS", "FP8_ACT", "FP4", "RECOMPUTE", "CPU_OFFLOAD_LAYERS"),
+    *("FP8", "FP8_RECIPE", "FP8_DPA", "FP8_PARAMS", "FP8_ACT", "FP4", "FP4_PARAMS", "RECOMPUTE", "CPU_OFFLOAD_LAYERS"),
+    *("BF16_FIRST_LAYERS", "BF16_LAST_LAYERS", "CROSS_ENTROPY", "OP_FUSER"),
 )
 
 

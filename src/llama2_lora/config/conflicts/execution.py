@@ -72,7 +72,7 @@ def warmed_for_graphs(variable: str, kinds: tuple[str, ...]) -> Rule:
     def check(s: Settings) -> str | None:
         if s.performance.graphs not in kinds or (count := s.value(variable)) >= 2:
             return None
-        return f"CUDA_GRAPHS={s.performance.graphs}: contradicts {variable}={count}: the second makes the graphs; set 2"
+        return f"CUDA_GRAPHS={s.performance.graphs}: contradicts {variable}={count}: graphs are made in the first two; set 2"
 
     return check
 
