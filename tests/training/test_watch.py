@@ -55,6 +55,30 @@ def freeze(frozen: Watch) -> None:
     frozen.thread.join(5)
 
 
+class SlowStore:
+    """A store in which a beat is under way when the run ends."""
+
+    def __init__(self, store: torch.distributed.Store) -> None:
+        self.store, self.beating = store, threading.Event()
+
+    def set(self, key: str, value: str) -> None:
+        self.beating.set()
+        time.sleep(0.3)
+        self.store.set(key, value)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.store, name)
+
+
+def test_no_beat_is_under_way_when_the_watch_has_ended() -> None:
+    """The interpreter may end next, and aborts over a thread inside the store."""
+    store = SlowStore(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True))
+    watch = Watch(0, 1, store, lambda problem: None)
+    with watch:
+        assert store.beating.wait(5)
+    assert not watch.thread.is_alive()
+
+
 def test_ranks_that_beat_and_step_are_left_alone() -> None:
     with Ranks(3) as ranks:
         ranks.run()

@@ -28,6 +28,7 @@ from llama2_lora.training.shared_callback import SharedCallback
 BEAT_SECONDS = 5
 SILENT_SECONDS = 120  # longer than reading one file of a checkpoint, which may hold Python's lock, from a slow disk
 STALLED_SECONDS = 600  # the longest step and the longest evaluation take less than a minute
+LAST_BEAT_SECONDS = 10  # a beat takes milliseconds, unless the rank that keeps the store has just ended
 FIRST_BEAT_SECONDS = 300  # ranks that still import
 
 
@@ -52,6 +53,9 @@ class Watch(SharedCallback):
 
     def __exit__(self, *_: Any) -> None:
         self.stopped.set()
+        # A thread that is inside the store when the interpreter ends aborts the process ("terminate called without an active
+        # exception", Python 3.11), and a run that has succeeded would have failed.
+        self.thread.join(LAST_BEAT_SECONDS)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.running = True
