@@ -249,8 +249,11 @@ def test_clocks_are_set_for_the_trials_and_put_back(site):
 
 def test_clocks_are_put_back_after_scancel(site):
     """A cancelled job may launch nothing: the booked jobs do it, without a container too."""
-    job = site.submit("clocks2", PAYLOAD="hang", VBOOST="1", CONT="none", PYTHON="tests/launch/bin/python")
+    bare = {"CONT": "none", "PYTHON": "tests/launch/bin/python"}
+    job = site.submit("clocks2", "--gpus-per-node=2", PAYLOAD="hang", VBOOST="1", **bare)
     job.wait_for(lambda: run_started(job, 1), 60)
+    for node in job.nodes():
+        (gpus(job, node) / "constrained").touch()
     assert vboosts(job) == ["1 1\n", "1 1\n"]
     site.cluster.run("scancel", str(job.number))
     job.wait()
@@ -259,6 +262,7 @@ def test_clocks_are_put_back_after_scancel(site):
     for node in job.nodes():
         (said,) = job.results.glob(f"*_{job.number}_cleanup_{node}.txt")
         assert said.read_text() == f"run.sub: {node}: vboost put back: 0\n"
+        (gpus(job, node) / "constrained").unlink()
     assert_clean(job)
 
 
