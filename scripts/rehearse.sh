@@ -94,10 +94,19 @@ prepare() { # dtype, options of rehearsal_data.py...
   python scripts/convert_model.py --source "${WORK}/base" --output_path "${WORK}/checkpoint_$1" --dtype "$1"
 }
 
+# A cluster's config means itself, as to preflight: no setting of the caller's shell but TARGET_LOSS, and no clocks
+forget_settings() {
+  local names
+  names="$(PYTHONPATH=src python -c 'from llama2_lora.config import settings; print(*settings.variables() - {"TARGET_LOSS"})')" ||
+    return
+  # shellcheck disable=SC2086  # many names
+  unset ${names} VBOOST GPU_CLOCKS
+}
+
 # A cluster's config as two cores bear it: each value that changes is shown
 reduce() {
   local changes
-  changes="$(PYTHONPATH=src python -m llama2_lora.config.reduced)" || return
+  changes="$(TARGET_LOSS='' PYTHONPATH=src python -m llama2_lora.config.reduced)" || return # the closed division fixes it
   printf '%s\n' "${changes}"
   eval "${changes}"
   export TARGET_LOSS="${TARGET_LOSS:-10}" # a few steps reach no target: any loss is to end the run
@@ -180,6 +189,7 @@ main() {
   fi
   export PATH PYTHONWARNINGS=ignore
   prepare "${dtype}" "${options[@]}"
+  [[ -z "${cluster}" ]] || forget_settings
   train "${run}" "${stamp}" "${config}" "${dtype}" || status=$?
   step "Verdict"
   if [[ -n "${cluster}" ]]; then

@@ -53,11 +53,13 @@ book_cleanup() {
   command="$(cleanup_command)"
   [[ "${LAUNCHER}" == slurm && -n "${command}" ]] || return 0
   local booking=(sbatch --parsable --job-name="cleanup_${job}" --dependency="afterany:${job}" --nodes=1 --ntasks=1
-    --mem=100 --time=15 --chdir=/ --output=/dev/null --wrap "${command}")
+    --mem=100 --time=15 --chdir=/ --open-mode=append --wrap "${command}")
+  # Where Slurm hands out GPUs, a job that asks for none sees none: its nvidia-smi would put nothing back
+  [[ -z "${VBOOST}${GPU_CLOCKS}" || -z "${SLURM_GPUS_ON_NODE:-}" ]] || booking+=(--gpus-per-node="${SLURM_GPUS_ON_NODE}")
   [[ -z "${SLURM_JOB_PARTITION:-}" ]] || booking+=(--partition="${SLURM_JOB_PARTITION}")
   [[ -z "${SLURM_JOB_ACCOUNT:-}" ]] || booking+=(--account="${SLURM_JOB_ACCOUNT}")
   for host in "${hosts[@]}"; do
-    if ! id="$(supervise "${booking[@]}" --nodelist="${host}")"; then
+    if ! id="$(supervise "${booking[@]}" --output="${LOGDIR}/${DATESTAMP}_cleanup_${host}.txt" --nodelist="${host}")"; then
       say "no cleanup jobs: after scancel, run on the nodes: ${command}"
       return 0
     fi

@@ -6,7 +6,8 @@
 set -euo pipefail
 
 memory='' # file of what this node had; set by main
-said=''   # by nvidia-smi; set by change
+output='' # nvidia-smi's; set by change
+said=''   # the line of it that tells; set by change
 
 say() { printf 'run.sub: %s: %s\n' "$(hostname)" "$*"; }
 
@@ -15,10 +16,10 @@ change() { # arguments of nvidia-smi
   local command=(nvidia-smi "$@") refused='not supported|permission|invalid|not found|unknown|password'
   ((EUID == 0)) || command=(sudo -n "${command[@]}")
   local status=0
-  said="$("${command[@]}" 2>&1)" || status=$?
-  ((status != 0)) || ! grep -qiE "${refused}" <<<"${said}" || status=1
-  said="$(grep -iE "${refused}" <<<"${said}" || printf '%s' "${said}")"
-  said="${said%%$'\n'*}" # the line that tells
+  output="$("${command[@]}" 2>&1)" || status=$?
+  ((status != 0)) || ! grep -qiE "${refused}" <<<"${output}" || status=1
+  said="$(grep -iE "${refused}" <<<"${output}" || printf '%s' "${output}")"
+  said="${said%%$'\n'*}"
   return "${status}"
 }
 
@@ -33,8 +34,9 @@ remember() { # what value; the value that was there first stays
 
 forget() { sed -i "/^$1 /d" "${memory}"; } # what
 
+# A change that failed may have reached some of the GPUs: it is taken back at once. The note goes if all are as they were found.
 set_vboost() { # value
-  local found known=1
+  local found now reason known=1
   found="$(vboost)" || true
   case "${found}" in
     '') say "warning: VBOOST=$1: not set: nvidia-smi boost-slider --list shows none (H100 to GB200 have it, B300 and GB300 not)" ;;
@@ -45,39 +47,53 @@ set_vboost() { # value
       remember vboost "${found}"
       if change boost-slider --vboost "$1" && [[ "$(vboost)" == "$1" ]]; then
         say "VBOOST=$1: set, was ${found}"
-      else
-        say "warning: VBOOST=$1: not set, still $(vboost): ${said:-is persistence mode on (nvidia-smi -pm 1)?}"
-        ((known == 1)) || forget vboost
+        return
       fi
+      reason="${said:-is persistence mode on (nvidia-smi -pm 1)?}"
+      change boost-slider --vboost "${found}" || true
+      now="$(vboost)" || true
+      say "warning: VBOOST=$1: not set, still ${now:-unknown}: ${reason}"
+      [[ "${known}" == 1 || "${now}" != "${found}" ]] || forget vboost
       ;;
   esac
 }
 
 # The driver tells nobody which clocks are locked: what is put back is none
 set_clocks() { # value
-  local known=1
+  local reason state='not set' known=1
   remembered clocks || known=0
   remember clocks unlocked
   if change --lock-gpu-clocks="$1"; then
     say "GPU_CLOCKS=$1: locked"
-  else
-    say "warning: GPU_CLOCKS=$1: not set: ${said}"
-    ((known == 1)) || forget clocks
+    return
   fi
+  reason="${said}"
+  ! grep -qi 'clocks set to' <<<"${output}" || state='set on some GPUs' # nvidia-smi's line for a GPU that took them
+  ! change --reset-gpu-clocks || state='not set'
+  say "warning: GPU_CLOCKS=$1: ${state}: ${reason}"
+  [[ "${known}" == 1 || "${state}" != 'not set' ]] || forget clocks
 }
 
 restore() {
   local what value status=0
   while read -r what value; do
-    case "${what}" in
-      vboost) change boost-slider --vboost "${value}" || status=1 ;;
-      clocks) change --reset-gpu-clocks || status=1 ;;
-    esac
-    ((status != 0)) || say "${what} put back: ${value}"
-  done <"${memory}"
-  ((status == 0)) || say "error: ${memory}: could not be put back: ${said}"
+    if put_back "${what}" "${value}"; then
+      say "${what} put back: ${value}"
+      forget "${what}"
+    else
+      say "error: ${what}: could not be put back to ${value}, ${memory} keeps it: ${said}"
+      status=1
+    fi
+  done <"${memory}" # as it was when it was opened: forget makes another file
   ((status != 0)) || rm "${memory}"
   return "${status}"
+}
+
+put_back() { # what value
+  case "$1" in
+    vboost) change boost-slider --vboost "$2" ;;
+    clocks) change --reset-gpu-clocks ;;
+  esac
 }
 
 main() {

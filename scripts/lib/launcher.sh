@@ -13,10 +13,11 @@ launch() {
 }
 
 slurm_prefix() { # where
-  local nodes="${DGXNNODES}" per_node=1
+  local nodes="${DGXNNODES}" per_node=1 kill=1
   # Steps run one after another: one that Slurm has not quite finished with must not delay the next (--overlap). One task's
-  # failure ends the others, which would wait for it (--kill-on-bad-exit).
-  prefix=(srun --export=ALL --overlap --kill-on-bad-exit=1)
+  # failure ends the others, which would wait for it (--kill-on-bad-exit); but not what each node does for itself.
+  [[ "$1" != hosts ]] || kill=0
+  prefix=(srun --export=ALL --overlap --kill-on-bad-exit="${kill}")
   case "$1" in
     first) nodes=1 prefix+=(--relative=0 --cpu-bind=none) ;;          # a rehearsal on all GPUs runs in it: not on one core
     ranks) per_node="${DGXNGPU}" prefix+=(--label --cpu-bind=none) ;; # run_and_time.sh binds

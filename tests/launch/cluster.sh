@@ -65,6 +65,7 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
+GresTypes=gpu
 SelectTypeParameters=CR_Core
 SchedulerParameters=bf_interval=1,sched_min_interval=100000,batch_sched_delay=0
 MpiDefault=none
@@ -79,9 +80,10 @@ PlugStackConfig=${RIG}/etc/plugstack.conf
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=NO State=UP
 C
     for ((k = 1; k <= NODES; k++)); do
-      echo "NodeName=node${k} NodeAddr=${NET}.${k} Port=6818 CPUs=8 RealMemory=4000 State=UNKNOWN"
+      echo "NodeName=node${k} NodeAddr=${NET}.${k} Port=6818 CPUs=8 RealMemory=4000 Gres=gpu:2 State=UNKNOWN"
     done
   } >"${SLURM_CONF}"
+  printf 'Name=gpu File=%s\n' /dev/null /dev/zero >"${RIG}/etc/gres.conf" # any devices
   printf '%s\n' "${SPANK:-}" >"${RIG}/etc/plugstack.conf"
   {
     printf '127.0.0.1 localhost\n%s.254 %s\n' "${NET}" "$(hostname)"

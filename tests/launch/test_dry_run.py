@@ -68,6 +68,7 @@ def test_a_rehearsal_is_a_check_that_a_job_may_ask_for():
     assert rehearsal[-2:] == ["scripts/rehearse.sh", "--gpu"]
     assert {"--nodes=1", "--relative=0", "REHEARSAL_DIR=/results/rehearsal"} <= set(rehearsal)
     assert {"--unset=LR", "--unset=TP", "--unset=CONFIG_FILE", "--unset=REHEARSE", "--unset=NEXP"} <= set(rehearsal)
+    assert {"--unset=VBOOST", "--unset=GPU_CLOCKS"} <= set(rehearsal), "it would put them back before the trials"
     assert found.index(rehearsal) < found.index(training(found)[0])
     assert not any("scripts/rehearse.sh" in words for words in commands(SLURM))
 
@@ -170,8 +171,19 @@ def test_clocks_are_set_before_the_trials_and_put_back_at_the_end():
     assert set_[set_.index("set") + 2 :] == ["1", "1200,1980"]
     assert restore[-2] == "restore"
     assert found.index(set_) < found.index(training(found)[0]) < found.index(restore)
-    assert {"--nodes=8", "--ntasks-per-node=1"} <= set(set_)
+    assert {"--nodes=8", "--ntasks-per-node=1", "--kill-on-bad-exit=0"} <= set(set_)
     assert not any("gpu_clocks" in word for words in commands(SLURM) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "asks"),
+    [({"SLURM_GPUS_ON_NODE": "8", "VBOOST": "1"}, True), ({"SLURM_GPUS_ON_NODE": "8"}, False), ({"VBOOST": "1"}, False)],
+)
+def test_a_booked_job_asks_for_the_gpus_whose_clocks_it_puts_back(changes, asks):
+    """Only then: without GPUs as Slurm's resource sbatch refuses it, and a container is removed without one."""
+    (booked,) = (words for words in commands(SLURM, **changes) if words[0] == "sbatch")
+    assert ("--gpus-per-node=8" in booked) == asks
+    assert not any("/dev/null" in word for word in booked)
 
 
 def test_the_config_is_checked():

@@ -41,16 +41,15 @@ def test_set_and_put_back(node: Node, gpus: Path) -> None:
     (gpus / "vboost").write_text("2 2\n")
     assert node("set", "1", "1200,1980") == "VBOOST=1: set, was 2\nGPU_CLOCKS=1200,1980: locked\n"
     assert (gpus / "vboost").read_text() == "1 1\n"
-    assert (gpus / "locked").read_text() == "1200,1980\n"
+    assert (gpus / "locked").read_text() == "1200,1980 1200,1980\n"
     assert node("restore") == "vboost put back: 2\nclocks put back: unlocked\n"
     assert (gpus / "vboost").read_text() == "2 2\n"
-    assert not (gpus / "locked").exists()
+    assert (gpus / "locked").read_text() == "no no\n"
     assert node("restore") == "", "once"
 
 
 def test_what_is_not_asked_for_is_left_alone(node: Node, gpus: Path) -> None:
     node("set", "1", "")
-    assert not (gpus / "locked").exists()
     node("restore")
     assert "clocks" not in (gpus / "calls").read_text()
 
@@ -73,12 +72,12 @@ def test_a_second_life_puts_back_what_the_first_one_found(node: Node, gpus: Path
     ],
 )
 def test_what_cannot_be_set_is_a_warning_with_its_reason(node: Node, gpus: Path, file: str, said: str) -> None:
-    (gpus / file).touch()
+    (gpus / file).write_text("*")
     assert f"warning: {said}" in node("set", "1", "1980")
 
 
 def test_nothing_is_put_back_where_nothing_was_set(node: Node, gpus: Path) -> None:
-    (gpus / "refuses").touch()
+    (gpus / "refuses").write_text("*")
     node("set", "1", "1980")
     calls = (gpus / "calls").read_text()
     assert node("restore") == ""
@@ -99,10 +98,37 @@ def test_a_node_without_nvidia_smi(node: Node) -> None:
     assert "VBOOST=1: not set" in node("set", "1", "", smi="/nowhere")
 
 
-def test_what_could_not_be_put_back_stays_noted(node: Node, gpus: Path) -> None:
-    node("set", "1", "")
-    (gpus / "refuses").touch()
-    assert "could not be put back: Failed to set it" in node("restore", status=1)
+def test_what_only_some_gpus_took_is_taken_back_at_once(node: Node, gpus: Path) -> None:
+    (gpus / "vboost").write_text("2 2\n")
+    (gpus / "second_refuses").write_text("*--vboost 1")
+    assert "warning: VBOOST=1: not set, still 2: Failed to set it" in node("set", "1", "")
+    (gpus / "second_refuses").write_text("--lock*")
+    assert "warning: GPU_CLOCKS=1980: not set: Failed to set it" in node("set", "", "1980")
+    assert (gpus / "vboost").read_text() == "2 2\n"
+    assert (gpus / "locked").read_text() == "no no\n"
+    assert node("restore") == "", "nothing is left to put back"
+
+
+def test_what_could_not_be_taken_back_stays_noted(node: Node, gpus: Path) -> None:
+    (gpus / "second_refuses").write_text("*--vboost 1")
+    (gpus / "refuses").write_text("*--vboost 0")
+    assert "warning: VBOOST=1: not set, still 0 1: Failed to set it" in node("set", "1", "")
+    (gpus / "second_refuses").write_text("--lock*")
+    (gpus / "refuses").write_text("--reset*")
+    assert "warning: GPU_CLOCKS=1980: set on some GPUs: Failed to set it" in node("set", "", "1980")
     (gpus / "refuses").unlink()
-    node("restore")
+    assert node("restore") == "vboost put back: 0\nclocks put back: unlocked\n"
+    assert (gpus / "vboost").read_text() == "0 0\n"
+    assert (gpus / "locked").read_text() == "no no\n"
+
+
+def test_what_could_not_be_put_back_is_told_and_stays_noted(node: Node, gpus: Path) -> None:
+    node("set", "1", "1980")
+    (gpus / "refuses").write_text("*--vboost*")
+    said = node("restore", status=1).splitlines()
+    assert said[0].startswith("error: vboost: could not be put back to 0, ")
+    assert said[0].endswith("Insufficient Permissions")
+    assert said[1:] == ["clocks put back: unlocked"]
+    (gpus / "refuses").unlink()
+    assert node("restore") == "vboost put back: 0\n"
     assert (gpus / "vboost").read_text() == "0 0\n"

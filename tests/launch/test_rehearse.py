@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+import sys
+
+import pytest
 
 from helpers import ROOT
 
@@ -43,6 +47,34 @@ def test_wrong_arguments_are_refused():
         done = rehearse(*arguments)
         assert done.returncode == 2
         assert problem in done.stderr
+
+
+@pytest.fixture
+def outline(tmp_path):
+    """The project with the real configs and settings, where nothing is prepared and run.sub notes its environment."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(SCRIPT, tmp_path / "scripts")
+    for name in ("setup_env.sh", "rehearsal_data.py", "rehearsal_model.py", "convert_model.py"):
+        (tmp_path / "scripts" / name).touch(0o755)
+    (tmp_path / "run.sub").write_text('env -0 >"${LOGDIR}/env"\n')
+    (tmp_path / "src").symlink_to(ROOT / "src")
+    for config in ROOT.glob("config_*.sh"):
+        (tmp_path / config.name).symlink_to(config)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    return tmp_path
+
+
+def test_a_clusters_config_does_not_have_the_shells_settings(outline):
+    """Those of a shell that launches jobs mean nothing to it, as to preflight; TARGET_LOSS may be set."""
+    shell = {"LORA_RANK": "8", "FP8_RECIPE": "tensorwise", "VBOOST": "1", "GPU_CLOCKS": "1980", "TARGET_LOSS": "1.2"}
+    line = [outline / "scripts/rehearse.sh", "--config", outline / "config_DGXH100_8x8x2.sh"]
+    environment = shell | {"PATH": "/usr/bin:/bin", "HOME": "/tmp"}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (noted,) = outline.glob("rehearsal/runs/*/env")
+    found = dict(pair.split("=", 1) for pair in noted.read_text().split("\0") if pair)
+    assert {name: found[name] for name in shell if name in found} == {"TARGET_LOSS": "1.2"}
+    assert found["LR"] == "4e-4"
 
 
 def test_gpus_that_are_not_there():

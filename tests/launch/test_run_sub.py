@@ -185,7 +185,7 @@ def test_scancel_closes_the_log(site):
 
 
 def test_a_requeue_after_a_lost_node_keeps_finished_trials(site):
-    job = site.submit("requeued", PAYLOAD="pass hang_once", NEXP="2")
+    job = site.submit("requeued", PAYLOAD="pass hang_once", NEXP="2", VBOOST="1")
     job.wait_for(lambda: run_started(job, 2), 60)
     first = job.log(1).stat()
     lost = job.nodes()[1]
@@ -195,6 +195,8 @@ def test_a_requeue_after_a_lost_node_keeps_finished_trials(site):
     site.cluster.run("scontrol", "update", f"JobId={job.number}", "StartTime=now+4")  # not Slurm's two minutes
     assert job.wait() == 0, job.text()
     assert lost not in job.nodes()
+    assert vboosts(job) == ["0 0\n", "0 0\n"]
+    assert (gpus(job, lost) / "vboost").read_text() == "1 1\n"
     assert "trial 1 was finished before (status 0)" in job.text()
     assert (job.log(1).stat().st_mtime_ns, job.log(1).stat().st_ino) == (first.st_mtime_ns, first.st_ino)
     (interrupted,) = job.results.glob("*_2.log.interrupted_*")
@@ -204,6 +206,7 @@ def test_a_requeue_after_a_lost_node_keeps_finished_trials(site):
     assert run_stops(job.log(2)) == ["success"]
     site.cluster.control("start_node", lost.removeprefix("node"))
     assert_clean(job)  # once it is back, the booked cleanup job finds what the lost node still had
+    job.wait_for(lambda: (gpus(job, lost) / "vboost").read_text() == "0 0\n", 10)
 
 
 def test_a_dead_node_does_not_keep_the_containers_of_the_others(site):
@@ -233,11 +236,11 @@ def test_clocks_are_set_for_the_trials_and_put_back(site):
     job = site.submit("clocks", PAYLOAD="hang", VBOOST="1", GPU_CLOCKS="1980", STOP_ON_FAILURE="1")
     job.wait_for(lambda: run_started(job, 1), 60)
     assert vboosts(job) == ["1 1\n", "1 1\n"]
-    assert [(gpus(job, node) / "locked").read_text() for node in job.nodes()] == ["1980\n", "1980\n"]
+    assert [(gpus(job, node) / "locked").read_text() for node in job.nodes()] == ["1980 1980\n", "1980 1980\n"]
     site.cluster.run("scancel", "--signal=USR1", "--batch", str(job.number))  # what Slurm sends near the time limit
     assert job.wait() == 124, job.text()
     assert vboosts(job) == ["0 0\n", "0 0\n"]
-    assert not any((gpus(job, node) / "locked").exists() for node in job.nodes())
+    assert [(gpus(job, node) / "locked").read_text() for node in job.nodes()] == ["no no\n", "no no\n"]
     for node in job.nodes():
         assert f"run.sub: {node}: VBOOST=1: set, was 0\n" in job.text()
     assert not list(job.results.glob(".gpu_clocks*"))
@@ -246,14 +249,36 @@ def test_clocks_are_set_for_the_trials_and_put_back(site):
 
 def test_clocks_are_put_back_after_scancel(site):
     """A cancelled job may launch nothing: the booked jobs do it, without a container too."""
-    job = site.submit("clocks2", PAYLOAD="hang", VBOOST="1", CONT="none", PYTHON="tests/launch/bin/python")
+    bare = {"CONT": "none", "PYTHON": "tests/launch/bin/python"}
+    job = site.submit("clocks2", "--gpus-per-node=2", PAYLOAD="hang", VBOOST="1", **bare)
     job.wait_for(lambda: run_started(job, 1), 60)
+    for node in job.nodes():
+        (gpus(job, node) / "constrained").touch()
     assert vboosts(job) == ["1 1\n", "1 1\n"]
     site.cluster.run("scancel", str(job.number))
     job.wait()
     job.wait_for(lambda: vboosts(job) == ["0 0\n", "0 0\n"], 30)
     job.wait_for(lambda: not list(job.results.glob(".gpu_clocks*")), 10)
+    for node in job.nodes():
+        (said,) = job.results.glob(f"*_{job.number}_cleanup_{node}.txt")
+        assert said.read_text() == f"run.sub: {node}: vboost put back: 0\n"
+        (gpus(job, node) / "constrained").unlink()
     assert_clean(job)
+
+
+def test_a_node_that_cannot_put_its_clocks_back_does_not_keep_others_from_it(site):
+    job = site.submit("clocks3", PAYLOAD="hang", VBOOST="1", STOP_ON_FAILURE="1")
+    job.wait_for(lambda: run_started(job, 1), 60)
+    stuck, other = job.nodes()
+    (gpus(job, stuck) / "refuses").write_text("*")
+    (gpus(job, other) / "slow").touch()
+    site.cluster.run("scancel", "--signal=USR1", "--batch", str(job.number))
+    assert job.wait() == 124, job.text()
+    (gpus(job, stuck) / "refuses").unlink()
+    (gpus(job, other) / "slow").unlink()
+    assert f"run.sub: {stuck}: error: vboost: could not be put back to 0" in job.text()
+    assert f"run.sub: {other}: vboost put back: 0\n" in job.text()
+    job.wait_for(lambda: vboosts(job) == ["0 0\n", "0 0\n"], 30)  # the booked job of the stuck one tries again
 
 
 def test_a_requeued_job_puts_back_what_its_first_life_found(site):
