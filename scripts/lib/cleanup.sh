@@ -49,7 +49,7 @@ cleanup_command() {
 # A cancelled job may launch nothing more. So small jobs that wait for this one's end are booked to clean up after scancel, a lost
 # batch host or a kill; a job that ends by itself cleans up and cancels them. One per node: a dead node delays its own alone.
 book_cleanup() {
-  local host id command
+  local host id command booking_here
   command="$(cleanup_command)"
   [[ "${LAUNCHER}" == slurm && -n "${command}" ]] || return 0
   local booking=(sbatch --parsable --job-name="cleanup_${job}" --dependency="afterany:${job}" --nodes=1 --ntasks=1
@@ -59,7 +59,8 @@ book_cleanup() {
   [[ -z "${SLURM_JOB_PARTITION:-}" ]] || booking+=(--partition="${SLURM_JOB_PARTITION}")
   [[ -z "${SLURM_JOB_ACCOUNT:-}" ]] || booking+=(--account="${SLURM_JOB_ACCOUNT}")
   for host in "${hosts[@]}"; do
-    if ! id="$(supervise "${booking[@]}" --output="${LOGDIR}/${DATESTAMP}_cleanup_${host}.txt" --nodelist="${host}")"; then
+    booking_here=("${booking[@]}" --output="${LOGDIR}/${DATESTAMP}_cleanup_${host}.txt" --nodelist="${host}")
+    if ! id="$(unset SBATCH_SEGMENT_SIZE && supervise "${booking_here[@]}")"; then # a config's segment is of many nodes
       say "no cleanup jobs: after scancel, run on the nodes: ${command}"
       return 0
     fi
