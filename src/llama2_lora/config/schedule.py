@@ -9,6 +9,10 @@ import math
 
 from llama2_lora.config import rules
 
+# Layers that the warm-up runs in FP8 too where FP4_HEAL_STEP is set: weights in FP4 and FP8 of all would not fit. Kernels and
+# shapes are alike in all but the first one, whose input asks for no gradient.
+HEALED_LAYERS = 2
+
 
 def data_parallel_size(nodes: int, gpus_per_node: int, tp: int, pp: int, cp: int) -> int:
     """Number of model replicas. Raises ValueError where the model-parallel group does not divide the GPUs."""

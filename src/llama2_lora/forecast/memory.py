@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llama2_lora.config import schedule
 from llama2_lora.config.settings import Settings
 from llama2_lora.gpus import Accelerator
 from llama2_lora.llama2 import LlamaShape
@@ -247,8 +248,9 @@ def _evaluation(settings: Settings, shape: LlamaShape, free_bytes: float) -> Ite
 
 
 def _healed_warm_up(settings: Settings, shape: LlamaShape, software: Software) -> Item:
-    """The warm-up of what follows FP4_HEAL_STEP: two layers (training/warmup.py), beside graphs that keep a step's memory."""
-    layers = 0 if settings.performance.graphs == "none" or settings.precision.fp4_heal_step is None else 2
+    """The warm-up of what follows FP4_HEAL_STEP, beside graphs that keep a step's memory."""
+    beside = settings.performance.graphs != "none" and settings.precision.fp4_heal_step is not None
+    layers = schedule.HEALED_LAYERS if beside else 0
     weights = FP8 * linear_parameters(shape) / shape.layers / settings.parallel.tp
     activations = sum(item.bytes for item in layer_activations(settings, shape, software))
     return Item("warm-up of the healed layers, beside graphs", layers * (weights + activations), "E")

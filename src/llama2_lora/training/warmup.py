@@ -14,15 +14,12 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_block import TransformerBlock
 
+from llama2_lora.config import schedule
 from llama2_lora.config.settings import Settings
 from llama2_lora.training.data import Sampler, synthetic_batches
 from llama2_lora.training.graphs import without_graphs
 from llama2_lora.training.healing import switched_for_now
 from llama2_lora.training.shared_callback import SharedCallback
-
-# Of the layers, those that are warmed up in FP8 too, since weights in FP4 and FP8 of all would not fit: kernels and shapes are
-# alike in all but the first one, whose input asks for no gradient.
-HEALED_LAYERS = 2
 
 
 class WarmUp(SharedCallback):
@@ -46,7 +43,11 @@ def warm_up(trainer: pl.Trainer, settings: Settings) -> None:
         # Transformer Engine's offloading counts all layers: with some of them, the backward pass asks for what never left (2.9)
         if p.fp4_heal_step is not None and not settings.performance.offload_layers:
             # Without graphs: those of the first phase stay, those of the second hold all layers and are made in its first steps
-            with first_layers(block_of(model), HEALED_LAYERS), without_graphs(model), switched_for_now(model, p.fp8_format):
+            with (
+                first_layers(block_of(model), schedule.HEALED_LAYERS),
+                without_graphs(model),
+                switched_for_now(model, p.fp8_format),
+            ):
                 _steps(trainer, settings)
 
 
